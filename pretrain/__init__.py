@@ -1,0 +1,1 @@
+"""Pretraining of vision-language models: configuration, models, objectives, engines, checkpoints, trainer."""

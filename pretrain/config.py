@@ -1,0 +1,354 @@
+"""The typed config: defaults <- YAML file <- `key=value` on the command line.
+
+Frozen, and strict: an unknown key is refused with the nearest name, a value out of range with its range, a
+combination that cannot work with both keys and the fix. Imports no torch, so a login node reads it at once.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from data_pipelines.config import DataConfig, Section
+from pretrain.errors import ConfigError
+
+
+class ImageTowerConfig(Section):
+    """A vision transformer over square patches."""
+
+    size: int = Field(gt=0)
+    """Side of the square image, in pixels."""
+    patch: int = Field(gt=0)
+    """Side of a patch, in pixels; divides `size`."""
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.size // self.patch) ** 2
+
+
+class TextTowerConfig(Section):
+    """A bidirectional transformer over the caption."""
+
+    length: int = Field(ge=3)
+    """Tokens a caption is cut or padded to, [CLS] and [SEP] included."""
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+
+class FusionConfig(Section):
+    """Text blocks that also attend to the image; as wide as the text tower."""
+
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+
+def _towers(
+    size: int, patch: int, width: int, depth: int, heads: int, *, length: int, embed: int
+) -> dict[str, Any]:
+    """The usual shape: a text stack as deep as the image tower, its upper half fused (ALBEF, section 3.1)."""
+    return {
+        "image": {"size": size, "patch": patch, "width": width, "depth": depth, "heads": heads},
+        "text": {"length": length, "width": width, "depth": depth // 2, "heads": heads},
+        "fusion": {"depth": depth // 2, "heads": heads},
+        "embed": embed,
+    }
+
+
+SIZES = {
+    "tiny": _towers(64, 8, 128, 4, 4, length=24, embed=64),
+    "small/16": _towers(224, 16, 384, 12, 6, length=32, embed=256),
+    "base/16": _towers(224, 16, 768, 12, 12, length=32, embed=256),
+    "large/16": _towers(224, 16, 1024, 24, 16, length=32, embed=512),
+}
+
+
+class ModelConfig(Section):
+    """The architecture and its size. `size` fills in whatever is not given."""
+
+    architecture: Literal["cross_attention", "dual_encoder"] = "cross_attention"
+    """cross_attention: two towers and a fusion stack (ALBEF). dual_encoder: two towers (CLIP)."""
+    size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
+    image: ImageTowerConfig
+    text: TextTowerConfig
+    fusion: FusionConfig | None
+    embed: int = Field(gt=0)
+    """Width of the space in which images and captions are compared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_size(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = SIZES.get(given.get("size", "base/16"), SIZES["base/16"])  # the Literal refuses other names
+        filled = {**preset, **given}
+        for part in ("image", "text", "fusion"):
+            if isinstance(filled[part], dict):
+                filled[part] = {**preset[part], **filled[part]}
+        if given.get("architecture") == "dual_encoder" and "fusion" not in given:
+            filled["fusion"] = None  # its text tower is the whole stack
+            text = given.get("text")
+            if not (isinstance(text, dict) and "depth" in text):
+                filled["text"]["depth"] = preset["text"]["depth"] + preset["fusion"]["depth"]
+        return filled
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "ModelConfig":
+        if self.image.size % self.image.patch:
+            raise ValueError(
+                f"model.image.size {self.image.size} is not a multiple of model.image.patch "
+                f"{self.image.patch}: choose a size that is"
+            )
+        for name, width, heads in (
+            ("image", self.image.width, self.image.heads),
+            ("text", self.text.width, self.text.heads),
+            *([("fusion", self.text.width, self.fusion.heads)] if self.fusion else []),
+        ):
+            if width % heads:
+                raise ValueError(
+                    f"model.{name}.heads {heads} does not divide the width {width}: choose a number that does"
+                )
+        if self.architecture == "cross_attention" and self.fusion is None:
+            raise ValueError(
+                "model.architecture cross_attention needs model.fusion: remove `fusion: null`, or set "
+                "model.architecture to dual_encoder"
+            )
+        if self.architecture == "dual_encoder" and self.fusion is not None:
+            raise ValueError(
+                "model.architecture dual_encoder has no model.fusion: remove model.fusion, or set "
+                "model.architecture to cross_attention"
+            )
+        return self
+
+
+class ContrastiveConfig(Section):
+    """Image-text contrastive objective (ITC): InfoNCE over all samples of a micro-step, on all ranks."""
+
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(0.07, gt=0)
+    """Where the learnable temperature starts."""
+    min_temperature: float = Field(0.01, gt=0)
+    max_temperature: float = Field(0.5, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ContrastiveConfig":
+        if not self.min_temperature <= self.temperature <= self.max_temperature:
+            raise ValueError(
+                f"temperature {self.temperature} is not between min_temperature {self.min_temperature} and "
+                f"max_temperature {self.max_temperature}: move one of the three"
+            )
+        return self
+
+
+class MatchingConfig(Section):
+    """Image-text matching objective (ITM) on negatives mined by similarity."""
+
+    weight: float = Field(1.0, gt=0)
+    pool: int = Field(16, ge=2)
+    """Samples, consecutive in the global order, among which a hard negative is looked for."""
+
+
+class MaskedLMConfig(Section):
+    """Masked-language-model objective (MLM), the image in sight."""
+
+    weight: float = Field(1.0, gt=0)
+    probability: float = Field(0.15, gt=0, lt=1)
+    """Share of a caption's pieces that are predicted; whole words, 80/10/10."""
+
+
+class ObjectivesConfig(Section):
+    """What is optimised: a weighted sum. `null` switches matching or masked_lm off."""
+
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    matching: MatchingConfig | None = MatchingConfig()
+    masked_lm: MaskedLMConfig | None = MaskedLMConfig()
+
+
+class EngineConfig(Section):
+    """How the model is spread over devices."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What DeepSpeed's ZeRO partitions: nothing, optimizer state, also gradients, also parameters."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it, else fp32. Master weights and moments are always fp32."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more compute."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: optimizer state lives in host memory, and is updated there."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "EngineConfig":
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError(
+                "engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0: set one of them, or "
+                "engine.offload=none"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW; weight decay leaves 1-D parameters alone. Warmup, then a cosine, by optimizer step."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    final_learning_rate: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(2000, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm over all parameters and ranks; 0 switches clipping off."""
+
+
+class TrainingConfig(Section):
+    """How long, in steps of how many samples, and how often to look."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run, those before a resume included."""
+    global_batch: int = Field(gt=0)
+    """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-steps an optimizer step. Contrastive negatives come from one micro-step."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
+    evaluate_every: int = Field(500, ge=1)
+    """Steps between two evaluations on held-out data."""
+    max_skipped_steps: int = Field(10, ge=1)
+    """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+
+
+class CheckpointConfig(Section):
+    """When to save, and what to do at the start."""
+
+    every: int = Field(500, ge=1)
+    """Steps between two checkpoints; the last step always saves."""
+    keep: int = Field(3, ge=2)
+    """Newest checkpoints that stay on disk."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
+    error if there is one, so that nothing is overwritten."""
+
+
+class Config(Section):
+    """One training run."""
+
+    output: Path
+    """Folder of the run: checkpoints, metrics, TensorBoard, the resolved config."""
+    seed: int = Field(0, ge=0)
+    """Keys the initial weights, the order of the data, augmentation, masks and negatives."""
+    data: DataConfig
+    model: ModelConfig
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    engine: EngineConfig = EngineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Config":
+        if self.model.architecture == "dual_encoder":
+            for name in ("matching", "masked_lm"):
+                if getattr(self.objectives, name) is not None:
+                    raise ValueError(
+                        f"objectives.{name} needs fusion layers, and model.architecture dual_encoder has none: "
+                        f"set objectives.{name}=null, or model.architecture=cross_attention"
+                    )
+        matching = self.objectives.matching
+        if matching is not None and self.data.grain % matching.pool:
+            raise ValueError(
+                f"objectives.matching.pool {matching.pool} does not divide data.grain {self.data.grain}: "
+                f"negatives are mined inside a grain, so set data.grain to a multiple of the pool"
+            )
+        if self.optimizer.warmup_steps >= self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below training.steps "
+                f"{self.training.steps}: shorten the warmup"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.path=value` overrides in order, and checks the whole.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key, a value or a combination is wrong; the message names
+            all of them, one line each.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"No config at {path}: give the path of a YAML file, such as configs/demo.yaml."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one."
+        )
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Checks a tree of plain values; `source` is named in the errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"Cannot read the override {override!r}: write key=value, such as training.steps=100."
+        )
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"Cannot read the value of {key}={text}: quote it, as in '{key}=\"...\"'."
+        ) from None
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's problems as a sentence with the key, the value and the fix."""
+    key = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_beside(problem["loc"])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}."
+            return f"unknown key {key}: {hint}"
+        case "missing":
+            return f"{key} is missing: add it to the file, or {key}=... to the command."
+        case "value_error":
+            message = str(problem["ctx"]["error"])
+            return f"{message}." if not key or key in message else f"{key}: {message}."
+        case _:
+            return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for name in location[:-1]:
+        annotation = section.model_fields[name].annotation
+        options = getattr(annotation, "__args__", (annotation,))  # `Section | None` has two
+        section = next(
+            option for option in options if isinstance(option, type) and issubclass(option, Section)
+        )
+    return list(section.model_fields)

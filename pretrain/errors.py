@@ -1,0 +1,19 @@
+"""What can end a run, each with the exit code that a batch script reads."""
+
+from data_pipelines.errors import UserError
+
+
+class ConfigError(UserError):
+    """A key, a value or a combination in the config cannot work (exit code 4)."""
+
+
+class CheckpointError(UserError):
+    """No valid checkpoint where one is needed, or one that belongs to another model (exit code 3)."""
+
+    exit_code = 3
+
+
+class TrainingError(UserError):
+    """Training itself went wrong: too many steps in a row were not finite (exit code 5)."""
+
+    exit_code = 5

@@ -1,0 +1,2 @@
+"""Pure functions: tensors in, a loss and counts out. Each loss is a mean over this rank's samples, so that the
+average over ranks and micro-steps, which data parallelism takes, is the mean over the global batch."""
