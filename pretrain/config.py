@@ -49,9 +49,7 @@ class FusionConfig(Section):
     heads: int = Field(gt=0)
 
 
-def _towers(
-    size: int, patch: int, width: int, depth: int, heads: int, *, length: int, embed: int
-) -> dict[str, Any]:
+def _towers(size: int, patch: int, width: int, depth: int, heads: int, *, length: int, embed: int) -> dict[str, Any]:
     """The usual shape: a text stack as deep as the image tower, its upper half fused (ALBEF, section 3.1)."""
     return {
         "image": {"size": size, "patch": patch, "width": width, "depth": depth, "heads": heads},
@@ -130,11 +128,11 @@ class ModelConfig(Section):
 class ContrastiveConfig(Section):
     """Image-text contrastive objective (ITC): InfoNCE over all samples of a micro-step, on all ranks."""
 
-    weight: float = Field(1.0, gt=0)
-    temperature: float = Field(0.07, gt=0)
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=0.07, gt=0)
     """Where the learnable temperature starts."""
-    min_temperature: float = Field(0.01, gt=0)
-    max_temperature: float = Field(0.5, gt=0)
+    min_temperature: float = Field(default=0.01, gt=0)
+    max_temperature: float = Field(default=0.5, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "ContrastiveConfig":
@@ -149,16 +147,16 @@ class ContrastiveConfig(Section):
 class MatchingConfig(Section):
     """Image-text matching objective (ITM) on negatives mined by similarity."""
 
-    weight: float = Field(1.0, gt=0)
-    pool: int = Field(16, ge=2)
+    weight: float = Field(default=1.0, gt=0)
+    pool: int = Field(default=16, ge=2)
     """Samples, consecutive in the global order, among which a hard negative is looked for."""
 
 
 class MaskedLMConfig(Section):
     """Masked-language-model objective (MLM), the image in sight."""
 
-    weight: float = Field(1.0, gt=0)
-    probability: float = Field(0.15, gt=0, lt=1)
+    weight: float = Field(default=1.0, gt=0)
+    probability: float = Field(default=0.15, gt=0, lt=1)
     """Share of a caption's pieces that are predicted; whole words, 80/10/10."""
 
 
@@ -195,13 +193,13 @@ class EngineConfig(Section):
 class OptimizerConfig(Section):
     """AdamW; weight decay leaves 1-D parameters alone. Warmup, then a cosine, by optimizer step."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    final_learning_rate: float = Field(1e-6, ge=0)
-    warmup_steps: int = Field(2000, ge=0)
-    weight_decay: float = Field(0.02, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    final_learning_rate: float = Field(default=1e-6, ge=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    clip: float = Field(1.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm over all parameters and ranks; 0 switches clipping off."""
 
 
@@ -212,22 +210,22 @@ class TrainingConfig(Section):
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch: int = Field(gt=0)
     """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Micro-steps an optimizer step. Contrastive negatives come from one micro-step."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
-    evaluate_every: int = Field(500, ge=1)
+    evaluate_every: int = Field(default=500, ge=1)
     """Steps between two evaluations on held-out data."""
-    max_skipped_steps: int = Field(10, ge=1)
+    max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row whose loss or gradient is not finite, after which the run stops."""
 
 
 class CheckpointConfig(Section):
     """When to save, and what to do at the start."""
 
-    every: int = Field(500, ge=1)
+    every: int = Field(default=500, ge=1)
     """Steps between two checkpoints; the last step always saves."""
-    keep: int = Field(3, ge=2)
+    keep: int = Field(default=3, ge=2)
     """Newest checkpoints that stay on disk."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
@@ -239,7 +237,7 @@ class Config(Section):
 
     output: Path
     """Folder of the run: checkpoints, metrics, TensorBoard, the resolved config."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Keys the initial weights, the order of the data, augmentation, masks and negatives."""
     data: DataConfig
     model: ModelConfig
@@ -282,15 +280,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            f"No config at {path}: give the path of a YAML file, such as configs/demo.yaml."
-        ) from None
+        raise ConfigError(f"No config at {path}: give the path of a YAML file, such as configs/demo.yaml.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one."
-        )
+        raise ConfigError(f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one.")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
@@ -308,9 +302,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"Cannot read the override {override!r}: write key=value, such as training.steps=100."
-        )
+        raise ConfigError(f"Cannot read the override {override!r}: write key=value, such as training.steps=100.")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -320,9 +312,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(
-            f"Cannot read the value of {key}={text}: quote it, as in '{key}=\"...\"'."
-        ) from None
+        raise ConfigError(f"Cannot read the value of {key}={text}: quote it, as in '{key}=\"...\"'.") from None
 
 
 def _explain(problem: Any) -> str:
@@ -348,7 +338,5 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     for name in location[:-1]:
         annotation = section.model_fields[name].annotation
         options = getattr(annotation, "__args__", (annotation,))  # `Section | None` has two
-        section = next(
-            option for option in options if isinstance(option, type) and issubclass(option, Section)
-        )
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
     return list(section.model_fields)

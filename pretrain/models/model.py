@@ -1,0 +1,60 @@
+"""The model: runs its layers in order and names what comes out.
+
+Shapes: B samples on this rank, E embedding width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.config import Config
+from pretrain.models.flow import OBJECTIVES, Flow, start_flow
+from pretrain.models.layers import Block
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one pass over a micro-batch says."""
+
+    loss: Tensor  # scalar: the weighted sum that is optimised
+    losses: Tensor  # (3,) float32, unweighted and detached, in the order of OBJECTIVES
+    counts: Tensor  # (3, 2) int64: right answers and questions
+    image_embeddings: Tensor  # (B, E) float32, unit length, detached
+    text_embeddings: Tensor  # (B, E)
+
+
+class VisionLanguageModel(nn.Module):
+    """An ordered list of layers with the objectives inside it."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], config: Config, pad_id: int) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.pad_id = pad_id
+        self.masked = config.objectives.masked_lm is not None
+        self.recompute = config.engine.activation_checkpointing
+        weights = [getattr(config.objectives, name) for name in OBJECTIVES]
+        self.weights = [section.weight if section else 0.0 for section in weights]
+
+    def forward(self, masked_text: Tensor, **batch: Tensor) -> Output:
+        """One pass for every objective. The arguments are a Batch's tensors, by name."""
+        flow = start_flow(masked_text=masked_text if self.masked else None, pad_id=self.pad_id, **batch)
+        for layer in self.children():
+            if self.recompute and isinstance(layer, Block) and torch.is_grad_enabled():
+                flow = checkpoint(layer, flow, use_reentrant=False)
+            else:
+                flow = layer(flow)
+        return self.summarise(flow)
+
+    def summarise(self, flow: Flow) -> Output:
+        weights = torch.tensor(self.weights, device=flow.losses.device)
+        return Output(
+            loss=(weights * flow.losses).sum(),
+            losses=flow.losses.detach(),
+            counts=flow.counts,
+            image_embeddings=flow.image_embeddings,
+            text_embeddings=flow.text_embeddings,
+        )
