@@ -3,7 +3,7 @@
 Shapes: B samples on this rank, E embedding width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config
+from pretrain.models.architectures import LayerSpec
 from pretrain.models.flow import OBJECTIVES, Flow, start_flow
+from pretrain.models.initial import build_layer
 from pretrain.models.layers import Block
 
 
@@ -58,3 +60,8 @@ class VisionLanguageModel(nn.Module):
             image_embeddings=flow.image_embeddings,
             text_embeddings=flow.text_embeddings,
         )
+
+
+def build_model(specs: Sequence[LayerSpec], config: Config, pad_id: int, device: torch.device) -> VisionLanguageModel:
+    """All layers on one device, with their initial weights."""
+    return VisionLanguageModel({spec.name: build_layer(spec, config, device) for spec in specs}, config, pad_id)

@@ -1,0 +1,88 @@
+"""ZeRO stage 0: every rank holds everything, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pretrain.config import Config
+from pretrain.models.model import Output, VisionLanguageModel
+from pretrain.optim import build_optimizer
+from pretrain.parallel.engine import Fragment, Inputs, StepResult
+from pretrain.parallel.mesh import Mesh, training_dtype
+
+
+class ReplicatedEngine:
+    """Weights in the training type, fp32 master copies, gradients accumulated in fp32."""
+
+    def __init__(self, model: VisionLanguageModel, config: Config, mesh: Mesh) -> None:
+        self.device = mesh.device
+        self.mesh = mesh
+        self.clip = config.optimizer.clip
+        self.model = model.to(mesh.device, training_dtype(config.engine, mesh.device))
+        # In fp32 the master copy shares the weight's memory: `float` copies nothing then.
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
+        self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
+        for master in self.masters.values():
+            self.optimizer.prime(master)
+            master.grad = torch.zeros_like(master)
+        self.applied_steps = 0
+
+    def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
+        losses, counts = 0, 0
+        self.model.train()
+        for batch in micro_batches:
+            output = self.model(**batch.tensors())
+            (output.loss / len(micro_batches)).backward()
+            losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
+            for master, weight in zip(self.masters.values(), self.model.parameters(), strict=True):
+                _grad(master).add_(_grad(weight))
+                weight.grad = None
+        losses, counts = self.mesh.mean(torch.as_tensor(losses)).cpu(), self.mesh.sum(torch.as_tensor(counts)).cpu()
+
+        gradients = [_grad(master) for master in self.masters.values()]
+        for gradient in gradients:
+            self.mesh.mean(gradient)
+        norm = get_total_norm(gradients)
+        applied = bool(norm.isfinite()) and bool(losses.isfinite().all())
+        if applied:
+            if self.clip > 0:
+                clip_grads_with_norm_(self.masters.values(), self.clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.applied_steps += 1
+            self._copy_masters_to_weights()
+        self.optimizer.zero_grad(set_to_none=False)
+        return StepResult(losses, counts, float(norm), applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Inputs) -> Output:
+        self.model.eval()
+        return self.model(**batch.tensors())
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, master in self.masters.items():
+            state = self.optimizer.state[master]
+            tensors = {"master": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            flat = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
+            yield Fragment(name, tuple(master.shape), 0, flat, saved_here=self.mesh.is_main)
+
+    def loaded(self, steps: int) -> None:
+        self.applied_steps = steps
+        for master in self.masters.values():
+            self.optimizer.state[master]["step"].fill_(steps)
+        self._copy_masters_to_weights()
+
+    @torch.no_grad()
+    def _copy_masters_to_weights(self) -> None:
+        for master, weight in zip(self.masters.values(), self.model.parameters(), strict=True):
+            if weight.dtype != master.dtype:
+                weight.copy_(master)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "every layer runs in every step"
+    return parameter.grad

@@ -1,0 +1,135 @@
+"""A model and batches small enough for equality tests, and plain PyTorch to compare with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.config import Config, parse_config
+from pretrain.models.architectures import layer_specs
+from pretrain.models.model import build_model
+from pretrain.optim import learning_rate
+from pretrain.parallel.build import build_engine
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.mesh import Mesh
+
+VOCABULARY, PAD = 60, 0
+GRAIN = 4
+
+
+def tiny_config(**changes: Any) -> Config:
+    """`changes` are keys such as engine__zero_stage=3."""
+    tree: dict[str, Any] = {
+        "output": "unused",
+        "data": {"train": "unused", "tokenizer": "unused", "grain": GRAIN},
+        "model": {
+            "size": "tiny",
+            "image": {"size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2},
+            "text": {"length": 12, "width": 32, "depth": 2, "heads": 2},
+            "fusion": {"depth": 2, "heads": 2},
+            "embed": 16,
+        },
+        "objectives": {"matching": {"pool": GRAIN}},
+        "engine": {"precision": "fp32"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 3, "clip": 0.5},
+        "training": {"steps": 20, "global_batch": 32, "accumulation": 2},
+    }
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return parse_config(tree, "tiny")
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    fields: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.fields
+
+
+def samples(positions: Tensor) -> TinyBatch:
+    """Made-up samples, each a function of its position alone; captions and images repeat now and then."""
+    rows = []
+    for position in positions.tolist():
+        generator = torch.Generator().manual_seed(position)
+        image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+        text = torch.randint(5, VOCABULARY, (12,), generator=generator)
+        text[0], text[int(torch.randint(6, 12, (1,), generator=generator)) :] = 2, PAD
+        masked, slots = text.clone(), torch.tensor([1, 3])
+        masked[slots] = 4
+        targets = text[slots].clone()
+        if position % 3 == 0:  # one slot is not used
+            targets[1] = -100
+        rows.append(
+            (image, text, masked, slots, targets, torch.tensor(position // 2 if position % 8 < 2 else position))
+        )
+    images, text, masked, slots, targets, image_ids = (torch.stack(column) for column in zip(*rows, strict=True))
+    return TinyBatch(
+        {
+            "images": images,
+            "text": text,
+            "masked_text": masked,
+            "masked_positions": slots,
+            "masked_targets": targets,
+            "positions": positions,
+            "image_ids": image_ids + 10**6,
+            "caption_ids": positions,
+        }
+    )
+
+
+def micro_batches(step: int, config: Config, rank: int = 0, size: int = 1) -> list[TinyBatch]:
+    """What one rank gets in one optimizer step: grains `rank, rank + size, ...` of each micro-step."""
+    A, G = config.training.accumulation, config.training.global_batch
+    grains = torch.arange(step * G, (step + 1) * G).view(A, G // A // GRAIN, GRAIN)
+    return [samples(grains[a, rank::size].flatten()) for a in range(A)]
+
+
+def tiny_engine(mesh: Mesh, config: Config) -> Engine:
+    micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp_size
+    return build_engine(config, mesh, vocabulary=VOCABULARY, pad_id=PAD, micro_batch_per_rank=micro_batch)
+
+
+def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None = None, first: int = 0) -> list[Any]:
+    """(losses, gradient norm) of each step of the configured engine."""
+    engine = engine or tiny_engine(mesh, config)
+    curve = []
+    for step in range(first, first + steps):
+        result = engine.step(
+            micro_batches(step, config, mesh.dp_rank, mesh.dp_size),
+            learning_rate(step, config.training.steps, config.optimizer),
+        )
+        curve.append((result.losses.tolist(), result.gradient_norm))
+    return curve
+
+
+def plain_curve(config: Config, steps: int) -> list[Any]:
+    """The same in plain PyTorch: one process, no engine, torch's own AdamW and clipping."""
+    model = build_model(layer_specs(config, VOCABULARY), config, PAD, torch.device("cpu"))
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+    curve = []
+    for step in range(steps):
+        batches = micro_batches(step, config)
+        losses = torch.zeros(3)
+        for batch in batches:
+            output = model(**batch.tensors())
+            (output.loss / len(batches)).backward()
+            losses += output.losses / len(batches)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.training.steps, config.optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((losses.tolist(), float(norm)))
+    return curve
