@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all a fresh machine needs; `make help` lists the rest.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+RUN := .venv/bin/python -m
+
+.PHONY: help install demo test lint format clean
+
+help: ## List what make can do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## Make .venv and install the toolkit in it, with the versions it was tested with
+
+demo: .venv/.installed ## Train a small model on made-up data, on the CPU if need be, and evaluate it
+	@echo "== 1/3 Writing the demo corpus to data/demo"
+	@$(RUN) data_pipelines demo data/demo
+	@echo "== 2/3 Training runs/demo"
+	@$(RUN) launch local configs/demo.yaml
+	@echo "== 3/3 Evaluating runs/demo on held-out data"
+	@$(RUN) pretrain evaluate runs/demo --split heldout
+	@echo "== To see the curves: .venv/bin/tensorboard --logdir runs/demo"
+
+test: lint ## Lint, check types and run all tests
+	@echo "== Tests"
+	@$(RUN) pytest
+
+lint: .venv/.installed ## Lint, check the format and the types
+	@echo "== Lint and format"
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@echo "== Types"
+	@.venv/bin/basedpyright
+
+format: .venv/.installed ## Format the code and mend what can be mended
+	@$(RUN) ruff format .
+	@$(RUN) ruff check --fix .
+
+clean: ## Remove .venv, caches, and the demo's data and run
+	@echo "== Removing .venv, caches, data/demo and runs/demo"
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info data/demo runs/demo
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by itself, so that a build which is already there, for this CPU or GPU, is kept.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is missing or older than Python 3.11: name a newer one, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 1; }
+	@echo "== Making .venv with $$($(PYTHON) --version)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "== Installing torch (the first time it is a large download)"
+	@$(PIP) torch
+	@echo "== Installing the toolkit"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
