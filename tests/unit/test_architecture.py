@@ -1,0 +1,113 @@
+"""The map of who may import whom holds: read from the source, so a new file is bound by it from its first line."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("launch", "pretrain", "data_pipelines")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+ENTRY = ("pretrain", "data_pipelines")
+ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
+    "launch": ("pretrain.config", "pretrain.accounting", "data_pipelines.errors"),
+    "pretrain.__main__": ENTRY,
+    "pretrain.train": ENTRY,
+    "pretrain.evaluate": ENTRY,
+    "pretrain.export": ENTRY,
+    "pretrain.trainer": (
+        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.optim", "pretrain.parallel"),
+        *("pretrain.config", "pretrain.accounting", "pretrain.errors", "data_pipelines.batch"),
+    ),
+    "pretrain.metrics": ("pretrain.parallel", "pretrain.config", "pretrain.accounting", "pretrain.errors"),
+    "pretrain.checkpoint": ("pretrain.parallel", "pretrain.config", "pretrain.errors"),
+    "pretrain.parallel": (
+        *("pretrain.models", "pretrain.optim", "pretrain.collectives"),
+        *("pretrain.config", "pretrain.accounting", "pretrain.errors"),
+    ),
+    "pretrain.models": ("pretrain.objectives", "pretrain.collectives", "pretrain.config"),
+    "pretrain.optim": ("pretrain.config",),
+    "pretrain.objectives": ("pretrain.collectives",),
+    "pretrain.collectives": (),
+    "pretrain.accounting": ("pretrain.config",),
+    "pretrain.config": ("pretrain.errors", "data_pipelines.config"),
+    "pretrain.errors": ("data_pipelines.errors",),
+    "pretrain": (),
+    "data_pipelines": (),
+}
+
+
+def within(module: str, *parts: str) -> bool:
+    return any(module == part or module.startswith(part + ".") for part in parts)
+
+
+def part_of(module: str) -> str:
+    return ".".join(module.split(".")[: 2 if module.startswith("pretrain.") else 1])
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Name each import; `from a import b` is `a.b` where that is a module of ours, else `a`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written from the package's root"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in PATHS or submodule == "torch.distributed" else node.module
+
+
+TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
+IMPORTS = {module: set(imports(tree)) for module, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_a_module_imports_only_what_stands_below_it(module: str):
+    part = part_of(module)
+    assert part in ALLOWED, f"{part} has no line in the map"
+    ours = {name for name in IMPORTS[module] if within(name, "launch", "pretrain", "data_pipelines")}
+    strangers = {name for name in ours if not within(name, part, *ALLOWED[part])}
+    assert not strangers, f"{module} may not import {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_torch_distributed_and_deepspeed_stay_where_they_belong(module: str):
+    for name in IMPORTS[module]:
+        if within(name, "deepspeed"):
+            assert within(module, "pretrain.parallel")
+        if within(name, "torch.distributed"):
+            assert not within(module, "pretrain.models", "pretrain.objectives", "data_pipelines")
+        if within(name, "torch"):  # launch.torchrun runs in a process of its own, so launch stays instant
+            assert not within(module, "launch") or module == "launch.torchrun"
+        assert name != "launch.torchrun"
+
+
+@pytest.mark.parametrize("module", [name for name in PATHS if within(name, "pretrain.models", "pretrain.objectives")])
+def test_a_model_reads_neither_the_environment_nor_its_rank(module: str):
+    used = {node.attr for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute)}
+    assert not used & {"environ", "getenv", "distributed", "get_rank", "get_world_size"}
+
+
+@pytest.mark.parametrize("module", [name for name in PATHS if not name.endswith("__main__")])
+def test_our_own_modules_are_imported_at_the_top_where_a_reader_looks(module: str):
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
+    assert not {name for function in functions for name in imports(function)} & PATHS.keys()
+
+
+def test_no_module_imports_itself_by_a_detour():
+    TopologicalSorter({module: names & PATHS.keys() for module, names in IMPORTS.items()}).prepare()
+
+
+def test_a_login_node_reads_a_config_without_loading_torch():
+    light = [name for name in ("pretrain.config", "pretrain.accounting", "launch.local") if name in PATHS]
+    code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'deepspeed', 'numpy', 'cv2'}} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
