@@ -12,3 +12,10 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A shard, a sample, a manifest or a tokenizer is not what it should be."""
+
+
+class SampleError(Exception):
+    """One sample cannot be used, for a reason that is a pure function of its bytes.
+
+    Never reaches the user as such: training replaces the sample and counts it, the tools report it.
+    """

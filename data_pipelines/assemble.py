@@ -1,0 +1,90 @@
+"""One sample to arrays, and arrays to a micro-batch: the unit of work that training and evaluation share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipelines.batch import BadSample, Batch, Record
+from data_pipelines.decode import ChooseBox, decode_crop
+from data_pipelines.errors import DataError, SampleError
+from data_pipelines.masking import mask_words, num_masked_slots
+from data_pipelines.reader import Sample
+from data_pipelines.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Turns samples into the tensors of a `Batch`.
+
+    Args:
+        tokenizer: Of the run.
+        image_size: Side of the square images in pixels.
+        text_length: Tokens of a caption (L), [CLS] and [SEP] included.
+        mask_probability: Share of the pieces that masked language modelling hides.
+        seed: Of the run; keys the masks, together with each sample's position.
+    """
+
+    tokenizer: Tokenizer
+    image_size: int
+    text_length: int
+    mask_probability: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.text_length < 3:
+            raise DataError(
+                f"A text length of {self.text_length} leaves no room between [CLS] and [SEP]: use 3 or more."
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Masked slots of a caption (K)."""
+        return num_masked_slots(self.text_length, self.mask_probability)
+
+    def arrays(self, sample: Sample, position: int, choose_box: ChooseBox) -> dict[str, np.ndarray]:
+        """One row of every tensor of a batch, by its field's name.
+
+        Raises:
+            SampleError: The image or the caption cannot be used.
+        """
+        caption = sample.caption()
+        ids, word_starts = self.tokenizer.encode(caption, self.text_length)
+        if not word_starts.any():
+            raise SampleError("caption has no tokens")
+        masked, positions, targets = mask_words(
+            ids,
+            word_starts,
+            self.tokenizer,
+            seed=self.seed,
+            position=position,
+            probability=self.mask_probability,
+            num_slots=self.num_slots,
+        )
+        pixels = decode_crop(sample.image, choose_box, self.image_size)
+        return {
+            "images": pixels.transpose(2, 0, 1),
+            "text": ids,
+            "masked_text": masked,
+            "masked_positions": positions,
+            "masked_targets": targets,
+            "positions": np.array(position),
+            "image_ids": _hash64(sample.image),
+            "caption_ids": _hash64(" ".join(caption.lower().split()).encode()),
+        }
+
+
+def collate(
+    rows: Sequence[dict[str, np.ndarray]], bad: Sequence[BadSample] = (), records: Sequence[Record] = ()
+) -> Batch:
+    """Stacks rows into a micro-batch."""
+    tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    return Batch(**tensors, bad=tuple(bad), records=tuple(records))
+
+
+def _hash64(content: bytes) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(content).digest(), dtype="<i8", count=1).reshape(())

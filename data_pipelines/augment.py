@@ -1,0 +1,54 @@
+"""Which part of an image is looked at: a random crop keyed by the sample's position, or the centre."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from data_pipelines.randomness import Purpose, uniform
+
+_MAX_DISTORTION = 4 / 3  # of the crop's sides, as in the usual random-resized crop
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels, and whether to mirror it."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def random_box(height: int, width: int, *, scale: tuple[float, float], flip: bool, seed: int, position: int) -> Box:
+    """A crop that covers a uniformly drawn share of the area, with a log-uniform aspect.
+
+    The aspect is drawn among those with which the share fits into the image, so nothing is rejected and every
+    sample takes the same few numbers. Only in images far from square does the crop cover less than its share.
+
+    Source: Szegedy et al., Going deeper with convolutions (2015), section 6.
+    """
+    share, aspect, down, across, mirror = uniform(seed, Purpose.AUGMENTATION, position, size=5).tolist()
+    share = scale[0] + share * (scale[1] - scale[0])
+    lowest = max(1 / _MAX_DISTORTION, share * width / height)
+    highest = min(_MAX_DISTORTION, width / (share * height))
+    if lowest <= highest:
+        ratio = math.exp(math.log(lowest) + aspect * math.log(highest / lowest))
+    else:
+        ratio = min(max(width / height, 1 / _MAX_DISTORTION), _MAX_DISTORTION)
+    area = share * height * width
+    box_height = min(max(round(math.sqrt(area / ratio)), 1), height)
+    box_width = min(max(round(math.sqrt(area * ratio)), 1), width)
+    return Box(
+        int(down * (height - box_height + 1)),
+        int(across * (width - box_width + 1)),
+        box_height,
+        box_width,
+        flip and mirror < 0.5,
+    )
+
+
+def centre_box(height: int, width: int) -> Box:
+    """The central square: the same as resizing the short side and cropping the centre."""
+    side = min(height, width)
+    return Box((height - side) // 2, (width - side) // 2, side, side)

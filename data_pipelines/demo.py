@@ -1,0 +1,119 @@
+"""Writes the demonstration corpus: shards, manifests, a tokenizer and zero-shot prompts."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from data_pipelines.errors import DataError
+from data_pipelines.index import build_manifest
+from data_pipelines.scenes import SHORT_SHARE, caption_of, draw_scene, picture_of, zero_shot_prompts
+from data_pipelines.shards import write_shard
+from data_pipelines.tokenizer import train_sentencepiece
+
+SAMPLES_PER_SHARD = 1000
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demonstration corpus: the same numbers give the same bytes."""
+
+    train: int  # samples
+    heldout: int  # samples
+    size: int  # side of the pictures in pixels
+    vocab_size: int  # pieces of the tokenizer, at most
+    seed: int
+
+    @property
+    def num_shards(self) -> int:
+        """Of both splits."""
+        return len(self._jobs(Path()))
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether the folder holds exactly this corpus.
+
+        Raises:
+            DataError: It holds something else.
+        """
+        if not folder.exists() or not any(folder.iterdir()):
+            return False
+        record = folder / "demo.json"
+        found = json.loads(record.read_text()) if record.is_file() else "something else"
+        if found != asdict(self):
+            raise DataError(
+                f"{folder} already holds {found}, not a demo of {asdict(self)}: remove it, or name another."
+            )
+        return True
+
+    def make(self, folder: Path, *, processes: int, on_shard: Callable[[], None] = lambda: None) -> None:
+        """Writes shards, manifests, a tokenizer and zero-shot prompts.
+
+        Args:
+            folder: New or empty; the corpus is there whole or not at all.
+            processes: Drawing at the same time.
+            on_shard: Called as each shard is done.
+        """
+        folder = folder.absolute()
+        tmp = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was interrupted
+        for split in ("train", "heldout"):
+            (tmp / split).mkdir(parents=True)
+        jobs = self._jobs(tmp)
+        captions: list[str] = []
+        with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+            write = partial(_write_scenes, seed=self.seed, size=self.size)
+            for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
+                captions += [] if is_heldout else texts
+                on_shard()
+        for split in ("train", "heldout"):
+            path = tmp / split / "manifest.json"
+            manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
+            manifest.save(path)
+        train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size)
+        (tmp / "heldout" / "prompts.json").write_text(json.dumps(zero_shot_prompts(), indent=2) + "\n")
+        (tmp / "demo.json").write_text(json.dumps(asdict(self)) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        tmp.rename(folder)
+
+    def _jobs(self, folder: Path) -> list[tuple[Path, bool, int, int]]:
+        return [
+            (folder / split / f"{shard:05d}.tar", split == "heldout", start, min(start + SAMPLES_PER_SHARD, count))
+            for split, count in (("train", self.train), ("heldout", self.heldout))
+            for shard, start in enumerate(range(0, count, SAMPLES_PER_SHARD))
+        ]
+
+
+def _write_scenes(job: tuple[Path, bool, int, int], *, seed: int, size: int) -> list[str]:
+    path, heldout, start, stop = job
+    captions: list[str] = []
+    samples: list[dict[str, bytes | str]] = []
+    for index in range(start, stop):
+        scene, draws = draw_scene(heldout, seed, index)
+        caption = caption_of(scene, draws[16:], short=not heldout and draws[15] < SHORT_SHARE)
+        jpeg = io.BytesIO()
+        picture_of(scene, draws, size).save(jpeg, "JPEG", quality=90)
+        metadata = {
+            "subject": " ".join(scene.subject),
+            "object": " ".join(scene.object),
+            "relation": scene.relation,
+            "shapes": " and ".join(sorted((scene.subject[2], scene.object[2]))),
+        }
+        samples.append(
+            {
+                "__key__": f"{index:08d}",
+                "jpg": jpeg.getvalue(),
+                "txt": caption.encode(),
+                "json": json.dumps(metadata).encode(),
+            }
+        )
+        captions.append(caption)
+    write_shard(path, samples)
+    return captions
