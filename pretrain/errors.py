@@ -17,3 +17,7 @@ class TrainingError(UserError):
     """Training itself went wrong: too many steps in a row were not finite (exit code 5)."""
 
     exit_code = 5
+
+
+class StorageError(UserError):
+    """Checkpoints can no longer be written (exit code 4)."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("contrastive", "matching", "masked_lm")  # order of the entries of `losses` and `counts`
+OBJECTIVES: tuple[str, ...] = ("contrastive", "matching", "masked_lm")  # order of the entries of `losses` and `counts`
 
 
 class Flow(NamedTuple):

@@ -42,6 +42,9 @@ class ZeroEngine:
         optimizer = build_optimizer(
             model.named_parameters(), self.shapes, config.optimizer, config.objectives.contrastive
         )
+        # DeepSpeed's declared types are wider than what it returns here.
+        self.engine: Any
+        self.optimizer: Any
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._prime_optimizer()
         self.applied_steps = 0

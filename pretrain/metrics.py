@@ -1,0 +1,107 @@
+"""What a run says of itself: a line on the screen, metrics.jsonl, TensorBoard. Units are in the names."""
+
+import json
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.config import Config
+
+
+class Clock:
+    """Measures one step at a time: how long it took, and how much of that was waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited_s = 0.0
+
+    @contextmanager
+    def waiting(self):
+        begin = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - begin
+
+    def restart(self) -> None:
+        """Begins a step: what was done since the last one (evaluation, saving) is not part of it."""
+        self._start, self._waited_s = time.perf_counter(), 0.0
+
+    def read(self) -> tuple[float, float]:
+        """(seconds since the step began, share of them spent waiting for data)."""
+        elapsed_s = time.perf_counter() - self._start
+        return elapsed_s, self._waited_s / elapsed_s
+
+
+class Metrics:
+    """Writes a run's metrics. Only the main process has one."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        """`first_step` is the step the run goes on from: what an interrupted start wrote beyond it goes."""
+        self.steps = config.training.steps
+        self.folder = config.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+        self._recent_s: list[float] = []
+
+    def describe(self, config: Config, facts: dict[str, Any]) -> None:
+        """Keeps the resolved config, as a file and as TensorBoard's text card, and facts about the run beside it."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.folder / "config.yaml").write_text(text)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+        self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """One optimizer step's values, by name."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
+        self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard alone."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def line(self, step: int, values: dict[str, float]) -> str:
+        """One step's values for a person, with the time that is left."""
+        recent_s = sorted(self._recent_s)[len(self._recent_s) // 2]
+        minutes, seconds = divmod(round(recent_s * (self.steps - step)), 60)
+        parts = [f"{name.removeprefix('loss/')} {v:.3f}" for name, v in values.items() if name.startswith("loss/")]
+        return (
+            f"step {step}/{self.steps}  loss {values['loss']:.4f} ({', '.join(parts)})  "
+            f"lr {values['learning_rate']:.2e}  norm {values['gradient_norm']:.2f}  "
+            f"{values['time/samples_per_s']:.0f} samples/s  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        )
+
+    def close(self) -> None:
+        self._jsonl.close()
+        self._board.close()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU if it drives one, else on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _open_at(path: Path, step: int):
+    """Opens a file of JSON lines for appending, without the lines of later steps, or one cut off by a kill."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+    return path.open("a")

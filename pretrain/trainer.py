@@ -1,0 +1,259 @@
+"""The trainer: steps, metrics, evaluation and checkpoints. Knows an Engine and an iterator of batches."""
+
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from data_pipelines.batch import Batch
+from data_pipelines.budget import BadSampleBudget
+from data_pipelines.heldout import HeldoutData
+from data_pipelines.loader import TrainingData
+from data_pipelines.order import DataState
+from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.config import Config
+from pretrain.errors import CheckpointError, StorageError, TrainingError
+from pretrain.metrics import Clock, Metrics, peak_memory_gib
+from pretrain.models.flow import OBJECTIVES
+from pretrain.optim import learning_rate
+from pretrain.parallel.engine import Engine, StepResult
+from pretrain.parallel.mesh import Mesh
+from pretrain.retrieval import recall
+
+MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
+
+
+class Trainer:
+    """One run, from a fresh start or a checkpoint to its last step."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None
+    ) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.engine = engine
+        self.data = data
+        self.heldout = heldout
+        self.store = CheckpointStore(config.output / "checkpoints", mesh, config.checkpoint.keep)
+        self.step = 0
+        self.data_state = data.initial_state()
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.failed_saves = 0
+        self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
+        weights = [getattr(config.objectives, name) for name in OBJECTIVES]
+        self.weights = {name: section.weight for name, section in zip(OBJECTIVES, weights, strict=True) if section}
+
+    def resume(self) -> None:
+        """Goes on from the newest valid checkpoint, as `checkpoint.resume` says; call it once, before `fit`.
+
+        Raises:
+            CheckpointError: none where there must be one, one where there must be none, or one of another run.
+        """
+        mode = self.config.checkpoint.resume
+        self.store.sweep()
+        checkpoint = self.store.newest_valid()
+        if checkpoint is None:
+            if mode == "must":
+                raise CheckpointError(
+                    f"checkpoint.resume is must, and {self.store.folder} holds no checkpoint: check the output folder, "
+                    f"or set checkpoint.resume=auto to start afresh."
+                )
+            return
+        if mode == "never":
+            raise CheckpointError(
+                f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
+                f"checkpoint.resume=auto to go on from it."
+            )
+        run = read_run(checkpoint)
+        self._check_same_run(run, str(checkpoint))
+        self.store.load(checkpoint, self.engine.fragments())
+        self.engine.loaded(run["applied_steps"])
+        self.step = run["step"]
+        self.data_state = DataState.from_dict(run["data"])
+        self.skipped_steps = run["skipped_steps"]
+        self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
+        self._say(f"Resumed from {checkpoint}, saved on {run['layout']['dp']} ranks, at step {self.step}.")
+
+    def fit(self) -> None:
+        """Trains until `training.steps`, saving, evaluating and reporting on the way.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+            StorageError: the last checkpoint, or several in a row, could not be written.
+            DataError: a shard cannot be read, or too many samples are bad.
+        """
+        training = self.config.training
+        if self.step >= training.steps:
+            self._say(f"Nothing to do: step {self.step} of training.steps {training.steps} is reached.")
+            return
+        self.metrics = Metrics(self.config, self.step) if self.mesh.is_main else None
+        if self.metrics:
+            self.metrics.describe(self.config, self._facts())
+        temperature = next((f for f in self.engine.fragments() if f.name == "align.log_scale" and f.saved_here), None)
+        batches = self.data.batches(self.data_state)
+        clock = Clock()
+        while self.step < training.steps:
+            with clock.waiting():
+                micro_batches = [next(batches).to(self.mesh.device) for _ in range(training.accumulation)]
+            rate = learning_rate(self.step, training.steps, self.config.optimizer)
+            result = self.engine.step(micro_batches, rate)
+            self.step += 1
+            self.data_state = self.data.advance(self.data_state)
+            batch_id = self._take_stock(micro_batches, result)
+            scale = self.mesh.sum(torch.tensor([float(temperature.tensors["master"]) if temperature else 0.0]))
+            step_s, data_wait_share = clock.read()
+            if self.metrics:
+                values = {
+                    **self._values(result),
+                    "learning_rate": rate,
+                    "gradient_norm": result.gradient_norm,
+                    "temperature": math.exp(-scale.item()),
+                    "epoch": self.data_state.epoch,
+                    "time/samples_per_s": training.global_batch / step_s,
+                    "time/step_s": step_s,
+                    "time/data_wait_share": data_wait_share,
+                    "memory/peak_gib": peak_memory_gib(self.mesh.device),
+                    "health/skipped_steps": self.skipped_steps,
+                    "health/bad_samples": self.bad_samples.num_bad,
+                    "batch_id": batch_id,
+                }
+                self.metrics.step(self.step, values)
+                if self.step % training.log_every == 0 or self.step == training.steps:
+                    self._say(self.metrics.line(self.step, values))
+            if self.heldout and (self.step % training.evaluate_every == 0 or self.step == training.steps):
+                self._evaluate(self.heldout)
+            if self.step % self.config.checkpoint.every == 0 or self.step == training.steps:
+                self._save()
+            clock.restart()
+        if self.metrics:
+            self.metrics.close()
+
+    def _values(self, result: StepResult) -> dict[str, float]:
+        """The losses and accuracies of the objectives that are on."""
+        losses = dict(zip(OBJECTIVES, result.losses.tolist(), strict=True))
+        counts = dict(zip(OBJECTIVES, result.counts.tolist(), strict=True))
+        return {
+            "loss": sum(weight * losses[name] for name, weight in self.weights.items()),
+            **{f"loss/{name}": losses[name] for name in self.weights},
+            **{f"accuracy/{name}": counts[name][0] / max(counts[name][1], 1) for name in self.weights},
+        }
+
+    def _take_stock(self, micro_batches: Sequence[Batch], result: StepResult) -> int:
+        """Counts skipped steps and bad samples. Returns the id of the global batch: the same on any layout."""
+        ids = sum(int(batch.image_ids.sum()) for batch in micro_batches) % 2**63
+        bad = [sample for batch in micro_batches for sample in batch.bad]
+        total_id, total_bad = self.mesh.sum(torch.tensor([ids, len(bad)])).tolist()
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.skipped_steps += not result.applied
+        self.bad_samples.add(bad, total_bad, self.config.training.global_batch)
+        if not result.applied:
+            self._say(
+                f"step {self.step} skipped: the loss or the gradient norm is not finite "
+                f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
+            )
+        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrainingError(
+                f"The last {self.skipped_in_a_row} steps, up to step {self.step}, had a loss or gradient norm that is "
+                f"not finite, and training.max_skipped_steps is {self.config.training.max_skipped_steps}: lower "
+                f"optimizer.learning_rate, and start again to go on from the checkpoints in {self.store.folder}."
+            )
+        return total_id % 2**53  # what every reader of JSON takes for an integer
+
+    def _save(self) -> None:
+        problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
+        if problem is None:
+            self.failed_saves = 0
+            self._say(f"Saved step {self.step} in {self.store.folder}.")
+            return
+        self.failed_saves += 1
+        self._say(f"Could not save step {self.step}: {problem}. Earlier checkpoints are untouched.")
+        if self.step == self.config.training.steps or self.failed_saves >= MAX_FAILED_SAVES:
+            raise StorageError(
+                f"Step {self.step} could not be saved in {self.store.folder} ({problem}): make space or mend the disk, "
+                f"and start again with the same command to go on from the newest checkpoint."
+            )
+
+    def _evaluate(self, heldout: HeldoutData) -> None:
+        """Losses, accuracies and retrieval on held-out data, by the forward pass of training."""
+        losses, counts, embeddings = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
+        for batch in heldout.batches(
+            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size
+        ):
+            output = self.engine.evaluate(batch.to(self.mesh.device))
+            losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
+            embeddings.append(
+                (batch.positions, batch.caption_ids, output.image_embeddings.cpu(), output.text_embeddings.cpu())
+            )
+        columns = [torch.cat(column) for column in zip(*embeddings, strict=True)]
+        gathered = [torch.cat(parts) for parts in zip(*self.mesh.gather_objects(columns), strict=True)]
+        losses, counts = self.mesh.mean(losses / len(embeddings)), self.mesh.sum(counts)
+        if not self.metrics:
+            return
+        positions, captions, images, texts = gathered
+        rows = torch.empty(len(heldout), dtype=torch.int64)
+        rows[positions] = torch.arange(len(positions))  # one row a sample: the last batches wrap around
+        captions, similarity = captions[rows], images[rows] @ texts[rows].T  # (image, text)
+        relevant = captions[:, None] == captions[None, :]
+        values = {f"heldout/{name}": v for name, v in self._values(StepResult(losses, counts, 0.0, True)).items()}
+        for k, value in recall(similarity.T, relevant).items():
+            values[f"heldout/text_to_image_R@{k}"] = value
+        for k, value in recall(similarity, relevant).items():
+            values[f"heldout/image_to_text_R@{k}"] = value
+        self.metrics.scalars(self.step, values)
+        self._say(
+            f"held out after step {self.step}: loss {values['heldout/loss']:.4f}, "
+            f"text-to-image R@1 {values['heldout/text_to_image_R@1']:.3f} of {len(captions)}, "
+            + ", ".join(f"{name} accuracy {values[f'heldout/accuracy/{name}']:.3f}" for name in self.weights)
+        )
+
+    def _run_state(self) -> dict[str, Any]:
+        return {
+            "data": self.data_state.to_dict(),
+            "applied_steps": self.engine.applied_steps,
+            "skipped_steps": self.skipped_steps,
+            "bad_samples": self.bad_samples.num_bad,
+            "samples": self.bad_samples.num_seen,
+            "config": self.config.model_dump(mode="json"),
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "layout": {"dp": self.mesh.dp_size, "zero_stage": self.config.engine.zero_stage},
+            "versions": {name: version(name) for name in ("torch", "deepspeed")}
+            | {"python": platform.python_version()},
+        }
+
+    def _check_same_run(self, run: dict[str, Any], where: str) -> None:
+        """Refuses a checkpoint of another model, vocabulary or seed; the order of the data checks itself."""
+        here = self.config.model_dump(mode="json")
+        for key in ("model", "seed"):
+            saved, wanted = run["config"][key], here[key]
+            for name in saved if isinstance(saved, dict) else ():
+                if saved[name] != wanted[name]:
+                    key, saved, wanted = f"{key}.{name}", saved[name], wanted[name]
+                    break
+            if saved != wanted:
+                raise CheckpointError(
+                    f"The checkpoint {where} is of another run: {key} is {saved} in it and {wanted} in the config. "
+                    f"Restore the config, or choose another output folder."
+                )
+        if run["tokenizer"] != self.data.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"The checkpoint {where} was trained with another tokenizer than {self.config.data.tokenizer}: its "
+                f"token ids would mean other words. Restore data.tokenizer, or choose another output folder."
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        shapes = {fragment.name: math.prod(fragment.shape) for fragment in self.engine.fragments()}
+        return {
+            "parameters with a piece on the main rank": f"{sum(shapes.values()):,}",
+            "ranks": self.mesh.dp_size,
+            "micro-batch per rank": self.data.micro_batch_per_rank,
+            "steps per epoch": self.data.steps_per_epoch,
+            "device": str(self.mesh.device),
+        }
+
+    def _say(self, text: str) -> None:
+        if self.mesh.is_main:
+            print(text, flush=True)
