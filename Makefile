@@ -1,7 +1,8 @@
 # `make demo` and `make test` are all a fresh machine needs; `make help` lists the rest.
 
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# -qq: errors only.
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
 .PHONY: help install demo test lint format clean

@@ -117,8 +117,8 @@ def describe(exit_codes: Mapping[int, int]) -> str:
         ranks.setdefault(code, []).append(str(rank))
     ends = []
     for code, which in ranks.items():
-        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        ends.append(f"rank {', '.join(which)} {end}")
+        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        ends.append(f"{'ranks' if len(which) > 1 else 'rank'} {', '.join(which)} {end}")
     return "; ".join(ends)
 
 

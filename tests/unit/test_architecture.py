@@ -23,12 +23,17 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
     "pretrain.export": ENTRY,
-    "pretrain.trainer": (
-        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.optim", "pretrain.parallel"),
-        *("pretrain.config", "pretrain.accounting", "pretrain.errors", "data_pipelines.batch"),
+    "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
+        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.retrieval", "pretrain.optim", "pretrain.models.flow"),
+        *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
+        *("pretrain.accounting", "pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
-    "pretrain.metrics": ("pretrain.parallel", "pretrain.config", "pretrain.accounting", "pretrain.errors"),
-    "pretrain.checkpoint": ("pretrain.parallel", "pretrain.config", "pretrain.errors"),
+    "pretrain.metrics": ("pretrain.accounting", "pretrain.config"),
+    "pretrain.retrieval": (),
+    "pretrain.checkpoint": (
+        *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
+        *("pretrain.config", "pretrain.errors"),
+    ),
     "pretrain.parallel": (
         *("pretrain.models", "pretrain.optim", "pretrain.collectives"),
         *("pretrain.config", "pretrain.accounting", "pretrain.errors"),

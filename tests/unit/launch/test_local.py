@@ -153,7 +153,7 @@ def test_a_ranks_own_exit_code_and_sentence_reach_the_user(folder: Path):
 def test_a_killed_rank_is_named_and_the_other_stopped(folder: Path):
     code, out, last = finish(local(folder, "killed"))
     assert code == 137
-    assert last == "launch: rank 1 was killed by SIGKILL; exit code 137 (out of memory is the usual reason)"
+    assert last == "launch: rank 1 killed by SIGKILL; exit code 137 (out of memory is the usual reason)"
     assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
 
 
