@@ -97,7 +97,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 def _print_reasons(reasons: Counter[str], title: str, report: Path) -> None:
     if reasons:
-        table = Table(title=f"{title}, listed in {report}", title_justify="left")
+        _CONSOLE.print(f"{title}, listed in {report}:", soft_wrap=True, highlight=False)
+        table = Table()
         table.add_column("reason")
         table.add_column("count", justify="right")
         for reason, count in reasons.most_common():

@@ -36,7 +36,7 @@ def random_box(height: int, width: int, *, scale: tuple[float, float], flip: boo
         ratio = math.exp(math.log(lowest) + aspect * math.log(highest / lowest))
     else:
         ratio = min(max(width / height, 1 / _MAX_DISTORTION), _MAX_DISTORTION)
-    area = share * height * width
+    area = min(share * height * width, height**2 * ratio, width**2 / ratio)
     box_height = min(max(round(math.sqrt(area / ratio)), 1), height)
     box_width = min(max(round(math.sqrt(area * ratio)), 1), width)
     return Box(

@@ -67,7 +67,7 @@ class Demo:
             (tmp / split).mkdir(parents=True)
         jobs = self._jobs(tmp)
         captions: list[str] = []
-        with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             write = partial(_write_scenes, seed=self.seed, size=self.size)
             for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
                 captions += [] if is_heldout else texts

@@ -19,7 +19,7 @@ import braceexpand
 import numpy as np
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import Manifest, Shard, write_atomically
+from data_pipelines.manifest import Manifest, Shard, normalised, write_atomically
 from data_pipelines.tar import TarError, TarSample, iter_members, iter_samples
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -46,10 +46,10 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
             if Path(name).is_dir():
                 matches = [str(path) for path in Path(name).glob("*.tar")]
             else:
-                matches = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207 (patterns may be absolute)
+                matches = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
             if not matches:
                 raise DataError(f"No shards at {name}: give tar files, a folder of them, or a pattern like 'a/*.tar'.")
-            found.update(Path(match).absolute() for match in matches)
+            found.update(normalised(Path(match)) for match in matches)
     return sorted(found)
 
 
@@ -81,7 +81,7 @@ def build_manifest(
             scans[shard] = _index_shard(shard)
             on_shard(scans[shard][0])
     else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_index_shard, shard): shard for shard in shards}
             try:
                 for future in as_completed(futures):
@@ -91,7 +91,7 @@ def build_manifest(
                 pool.shutdown(cancel_futures=True)
                 raise
     dropped = [drop for shard in shards for drop in scans[shard][1]]
-    manifest = Manifest(tuple(scans[shard][0] for shard in shards), path.resolve().parent)
+    manifest = Manifest(tuple(scans[shard][0] for shard in shards), normalised(path).parent)
     if manifest.samples == 0:
         hint = f"; the first of {len(dropped):,} left out: {dropped[0].key}, {dropped[0].reason}" if dropped else ""
         raise DataError(

@@ -65,7 +65,7 @@ class Manifest:
                 f"{path} is not a manifest of shards ({type(error).__name__}: {error}): "
                 f"write it again with `python -m data_pipelines index`."
             ) from None
-        folder = path.resolve().parent
+        folder = normalised(path).parent
         manifest = cls(tuple(Shard(folder / name, samples, size) for name, samples, size in rows), folder)
         for shard in manifest.shards:
             check_size(shard)
@@ -73,7 +73,7 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes the manifest so that it is there whole or not at all."""
-        if path.resolve().parent != self.folder:
+        if normalised(path).parent != self.folder:
             raise ValueError(f"this manifest belongs into {self.folder}")
         rows = [{"path": name, "samples": samples, "bytes": size} for name, samples, size in self._rows()]
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
@@ -101,8 +101,13 @@ def check_size(shard: Shard) -> None:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    absolute = path.absolute()
+    absolute = normalised(path)
     return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
+
+
+def normalised(path: Path) -> Path:
+    """Absolute and without `..`, but with symbolic links as they are: shards are often links into a store."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -27,8 +27,9 @@ class Purpose(IntEnum):
 
 def raw(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:
     """`size` uint64 numbers keyed by (seed, purpose, up to three counters)."""
-    words = [0, *counter, 0, 0, 0][:4]  # the first word counts the numbers drawn
-    return np.random.Philox(key=[seed & _WORD, int(purpose)], counter=words).random_raw(size)
+    words = np.array([0, *counter, 0, 0, 0][:4], dtype=np.uint64)  # the first counts the numbers drawn
+    key = np.array([seed & _WORD, purpose], dtype=np.uint64)  # a list would go through float64 and lose digits
+    return np.random.Philox(key=key, counter=words).random_raw(size)
 
 
 def uniform(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ checksum, and never extracts. Headers are read in place: 5 us a sample where web
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ Read = Callable[[int, int], bytes]  # (offset, size) -> bytes, fewer where the f
 _REGULAR = b"0\0" + b"7"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, FIFOs: their size field means nothing
 _ZEROS = bytes(BLOCK)
+_RESERVED = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself at the top of an archive
 
 
 class TarError(Exception):
@@ -119,7 +121,7 @@ def iter_members(read: Read, size: int, *, whole: bool) -> Iterator[Member]:
 def iter_samples(members: Iterable[Member]) -> Iterator[TarSample]:
     """Groups members into samples: key = path up to the first dot of the file's name.
 
-    As in webdataset, files without an extension, hidden files and `__name__` files belong to no sample.
+    As in webdataset, files without an extension, hidden files and top-level `__name__` entries belong to no sample.
 
     Raises:
         TarError: A sample holds the same extension twice.
@@ -145,7 +147,7 @@ def split_name(name: str) -> tuple[str, str]:
     """(key, lower-case extension) of a member's path, or two empty strings where it belongs to no sample."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not dot or not stem or (base.startswith("__") and base.endswith("__")):
+    if not dot or not stem or _RESERVED.match(name):
         return "", ""
     return f"{folder}{slash}{stem}", extension.lower()
 

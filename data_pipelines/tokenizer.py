@@ -139,14 +139,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "[MASK]" in a caption is text like any other
+        self._is_cjk = np.array([_has_cjk(self._backend.id_to_token(i) or "") for i in range(self.vocab_size)])
         self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def pieces(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self._backend.encode(caption, add_special_tokens=False)
         words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
         starts = np.diff(words, prepend=-2) != 0
-        starts |= np.array([_has_cjk(token) for token in encoding.tokens], dtype=bool)
-        return np.array(encoding.ids, dtype=np.int64), starts
+        ids = np.array(encoding.ids, dtype=np.int64)
+        return ids, starts | self._is_cjk[ids]
 
 
 def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) -> None:

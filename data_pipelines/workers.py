@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import re
 import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -22,7 +22,6 @@ from data_pipelines.batch import Batch
 from data_pipelines.errors import DataError, UserError
 
 PREFETCH_FACTOR = 4  # micro-batches a worker keeps ready
-_DEATH = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: .*?\.|exited unexpectedly)")
 
 
 class BatchDataset(Dataset[Batch | UserError]):
@@ -49,7 +48,7 @@ def stream(dataset: BatchDataset, keys: Iterable[Any], workers: int) -> Iterator
     context = None
     if workers:
         context = multiprocessing.get_context("forkserver")  # a fork would copy CUDA's and NCCL's threads half-way
-        context.set_forkserver_preload(["data_pipelines.loader"])
+        context.set_forkserver_preload(["data_pipelines.forkserver"])
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -70,11 +69,12 @@ def stream(dataset: BatchDataset, keys: Iterable[Any], workers: int) -> Iterator
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if death := _DEATH.search(str(error)):
+            except (RuntimeError, OSError, EOFError):
+                # Of a dead worker, torch reports the death or fails to open the last tensors it sent.
+                if wait([process.sentinel for process in ours], timeout=1):
                     raise DataError(
-                        f"A data worker died ({death[1].rstrip('.')}), most often because memory or /dev/shm ran out: "
-                        f"lower data.workers ({workers} per rank), or ask for more memory."
+                        f"A data worker died, most often because memory or /dev/shm ran out: lower data.workers "
+                        f"({workers} per rank), or ask for more memory."
                     ) from None
                 raise
             if isinstance(batch, UserError):
@@ -101,7 +101,5 @@ _running: set[BaseProcess] = set()
 def _kill_workers() -> None:
     # After a crash the stream may never have been closed, and interpreter exit would wait for workers that
     # ignore SIGTERM.
-    if _running:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report these deaths
-        for process in _running:
-            process.kill()
+    for process in _running:
+        process.kill()

@@ -1,0 +1,176 @@
+"""Manifests are made once, travel with their data, and tell what is wrong with a shard."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import Corpus, caption, jpeg, make_corpus, member
+
+from data_pipelines.errors import DataError
+from data_pipelines.index import build_manifest, expand_shards, index_path
+from data_pipelines.manifest import Manifest
+from data_pipelines.reader import ShardReader, byte_ranges
+from data_pipelines.shards import write_shard
+
+
+def test_a_manifest_is_what_was_saved(corpus: Corpus):
+    manifest = Manifest.load(corpus.manifest)
+    assert [shard.samples for shard in manifest.shards] == [70, 33, 1, 60]
+    assert manifest.samples == 164
+    assert all(shard.bytes == shard.path.stat().st_size for shard in manifest.shards)
+
+
+def test_a_corpus_can_be_moved_and_its_hash_stays(corpus: Corpus, tmp_path: Path):
+    shutil.copytree(corpus.folder, tmp_path / "elsewhere")
+    moved = Manifest.load(tmp_path / "elsewhere" / "manifest.json")
+    assert moved.hash == Manifest.load(corpus.manifest).hash
+    assert moved.shards[0].path.is_relative_to(tmp_path)
+
+
+def test_any_other_content_has_another_hash(corpus: Corpus):
+    whole = Manifest.load(corpus.manifest)
+    assert Manifest(whole.shards[::-1], whole.folder).hash != whole.hash
+    assert Manifest(whole.shards[:-1], whole.folder).hash != whole.hash
+
+
+def test_shards_outside_the_manifests_folder_keep_their_absolute_path(corpus: Corpus, tmp_path: Path):
+    shards = expand_shards([str(corpus.folder)])
+    manifest, _ = build_manifest(shards, tmp_path / "m.json", processes=1)
+    manifest.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json") == manifest
+
+
+def test_many_processes_index_as_one_does(corpus: Corpus):
+    shards = expand_shards([str(corpus.folder)])
+    seen = []
+    parallel = build_manifest(shards, corpus.manifest, processes=2, on_shard=seen.append)
+    assert parallel == build_manifest(shards, corpus.manifest, processes=1)
+    assert len(seen) == 4
+
+
+def test_patterns_are_files_folders_globs_and_braces(corpus: Corpus):
+    folder = corpus.folder
+    everything = expand_shards([str(folder)])
+    assert [path.name for path in everything] == [f"{i:05d}.tar" for i in range(4)]
+    assert expand_shards([f"{folder}/{{00000..00003}}.tar"]) == everything
+    assert expand_shards([f"{folder}/*.tar", f"{folder}/00001.tar"]) == everything
+    with pytest.raises(DataError, match=r"No shards at .*9\.tar: give tar files"):
+        expand_shards([f"{folder}/9.tar"])
+
+
+def test_samples_without_image_or_caption_are_left_out_and_reported(tmp_path: Path):
+    shard = tmp_path / "a.tar"
+    text, image = caption(0).encode(), jpeg(0)
+    write_shard(
+        shard,
+        [
+            {"__key__": "a", "jpg": image, "txt": text},
+            {"__key__": "b", "txt": text},
+            {"__key__": "c", "png": image},
+            {"__key__": "d", "jpg": image, "txt": b""},
+            {"__key__": "e", "webp": image, "json": b'{"caption": "from json"}'},
+            {"__key__": "f", "jpg": image, "json": b'{"caption": null}'},
+            {"__key__": "g", "jpg": image, "json": b"{"},
+        ],
+    )
+    manifest, dropped = build_manifest([shard], tmp_path / "m.json", processes=1)
+    assert manifest.samples == 2
+    assert {(drop.key, drop.reason) for drop in dropped} == {
+        *(
+            ("b", "no image"),
+            ("c", "no caption"),
+            ("d", "empty caption"),
+            ("f", "no caption"),
+            ("g", "unreadable json"),
+        ),
+    }
+    assert {drop.shard for drop in dropped} == {str(shard)}
+    reader = ShardReader(manifest)
+    assert [reader.read(0, index).caption() for index in range(2)] == [caption(0), "from json"]
+
+
+def test_shards_with_nothing_usable_are_an_error_that_says_what_is_needed(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [{"__key__": "a", "gif": b"1", "txt": b"x"}])
+    with pytest.raises(DataError, match=r"No usable sample .* left out: a, no image.*needs an image .* and a caption"):
+        build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
+
+
+def test_a_truncated_shard_is_named_with_the_byte_and_the_fix(corpus: Corpus, tmp_path: Path):
+    shard = tmp_path / "cut.tar"
+    shard.write_bytes((corpus.folder / "00000.tar").read_bytes()[:30_000])
+    with pytest.raises(DataError, match=r"cut\.tar is corrupt: .* at byte \d+\. Make it again, or leave it out"):
+        build_manifest([shard], tmp_path / "m.json", processes=1)
+
+
+def test_a_key_that_comes_back_later_in_a_shard_is_an_error(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [member(0), member(1), member(0)])
+    with pytest.raises(DataError, match=r"a\.tar is corrupt: key 00000 comes back after other samples, at byte \d+"):
+        build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
+
+
+def test_the_end_of_a_shard_ends_its_sample_even_where_the_next_begins_with_the_same_key(tmp_path: Path):
+    # webdataset 1.0.2 joins the image of the first shard with the caption of the second here.
+    first, second = tmp_path / "0.tar", tmp_path / "1.tar"
+    write_shard(first, [{"__key__": "a", "jpg": jpeg(0)}])
+    write_shard(second, [{"__key__": "a", "jpg": jpeg(1), "txt": b"of the second"}])
+    manifest, dropped = build_manifest([first, second], tmp_path / "m.json", processes=1)
+    assert [shard.samples for shard in manifest.shards] == [0, 1]
+    assert [(drop.shard, drop.reason) for drop in dropped] == [(str(first), "no caption")]
+    assert ShardReader(manifest).read(1, 0).image == jpeg(1)
+
+
+def test_a_missing_shard_is_named_with_the_fix(corpus: Corpus, tmp_path: Path):
+    shutil.copytree(corpus.folder, tmp_path / "c")
+    (tmp_path / "c" / "00002.tar").unlink()
+    with pytest.raises(DataError, match=r"00002\.tar is in the manifest but cannot be found: put it back"):
+        Manifest.load(tmp_path / "c" / "manifest.json")
+
+
+def test_a_shard_of_another_size_is_named_with_both_sizes_and_the_fix(corpus: Corpus, tmp_path: Path):
+    shutil.copytree(corpus.folder, tmp_path / "c")
+    with (tmp_path / "c" / "00002.tar").open("ab") as file:
+        file.write(b"x")
+    size = (corpus.folder / "00002.tar").stat().st_size
+    with pytest.raises(DataError, match=rf"has {size + 1:,} bytes but had {size:,} when it was indexed: restore it"):
+        Manifest.load(tmp_path / "c" / "manifest.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1, "shards": [{"path": "a"}]}'])
+def test_what_is_no_manifest_is_said_to_be_none(content: str, tmp_path: Path):
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(DataError, match=r"m\.json is not a manifest of shards .*: write it again"):
+        Manifest.load(tmp_path / "m.json")
+
+
+def test_a_missing_manifest_is_named_with_the_command_that_writes_it(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no manifest at .*m\.json: write one with `python -m data_pipelines index"):
+        Manifest.load(tmp_path / "m.json")
+
+
+def test_an_index_that_is_missing_or_does_not_fit_is_made_again_in_memory(tmp_path: Path, tokenizer_path: Path):
+    corpus = make_corpus(tmp_path, tokenizer_path, (5,))
+    shard = Manifest.load(corpus.manifest).shards[0]
+    index, good = index_path(shard.path), byte_ranges(shard)
+    for content in (good[:3], good + 10**9, good[::-1], good.astype(np.int32)):
+        np.save(index, content)
+        assert np.array_equal(byte_ranges(shard), good)
+    index.write_bytes(b"junk")
+    assert np.array_equal(byte_ranges(shard), good)
+    index.unlink()
+    assert np.array_equal(byte_ranges(shard), good)
+
+
+def test_a_manifest_that_cannot_be_written_says_where(corpus: Corpus, tmp_path: Path):
+    manifest = Manifest(Manifest.load(corpus.manifest).shards, tmp_path / "none")
+    with pytest.raises(DataError, match=r"Cannot write .*none.*: No such file"):
+        manifest.save(tmp_path / "none" / "m.json")
+
+
+def test_a_manifest_is_json_that_people_can_read(corpus: Corpus):
+    content = json.loads(corpus.manifest.read_text())
+    assert content["shards"][1]["path"] == "00001.tar"
+    with tarfile.open(corpus.folder / content["shards"][1]["path"]) as archive:
+        assert len(archive.getnames()) == 3 * content["shards"][1]["samples"]
