@@ -5,6 +5,13 @@ from distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
+def one_rank():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def two_ranks():
     ranks = Ranks(2)
     yield ranks

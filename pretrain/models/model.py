@@ -4,7 +4,7 @@ Shapes: B samples on this rank, E embedding width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from pretrain.models.initial import build_layer
 from pretrain.models.layers import Block
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What one pass over a micro-batch says."""
 
     loss: Tensor  # scalar: the weighted sum that is optimised

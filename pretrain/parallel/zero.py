@@ -1,5 +1,6 @@
 """ZeRO stages 1-3 on DeepSpeed: optimizer state, gradients and, at stage 3, parameters are partitioned."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Mesh, training_dtype
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
 
 # On a CPU, DeepSpeed compiles a shared-memory collective at first use. A process killed while it compiles leaves a
 # lock behind, and every later run waits for it for ever. gloo does the same work.
@@ -83,17 +86,17 @@ class ZeroEngine:
         for name, parameter in self.engine.module.named_parameters():
             if (piece := pieces(parameter)) is not None:
                 start, tensors = piece
-                yield Fragment(name, self.shapes[name], start, tensors)
+                views = {kind: tensor.detach() for kind, tensor in tensors.items()}
+                yield Fragment(name, self.shapes[name], start, views)
 
     def loaded(self, steps: int) -> None:
         self.applied_steps = steps
         for state in self.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
         if self.stage == 3:
+            self.optimizer._partition_all_parameters()  # small ones stay gathered, and would keep their old values
             for group in range(len(self.optimizer.fp16_groups)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if resident := self.optimizer.persistent_parameters:  # small ones stay gathered: refresh the copies
-                resident[0].all_gather(resident)
         else:
             self.optimizer.update_lp_params()
 
@@ -141,7 +144,7 @@ def deepspeed_settings(config: Config, mesh: Mesh, micro_batch_per_rank: int) ->
         "train_micro_batch_size_per_gpu": micro_batch_per_rank,
         "gradient_accumulation_steps": config.training.accumulation,
         "gradient_clipping": config.optimizer.clip,  # its default is 1.0, not off
-        "zero_allow_untested_optimizer": True,  # BoundedAdamW is AdamW
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": mesh.device.type == "cuda"},
     }

@@ -1,0 +1,48 @@
+"""What one layout saved, every other goes on from: same losses, same gradient norms, on 1, 2 or 4 ranks."""
+
+import pytest
+
+from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
+from pretrain.checkpoint.store import CheckpointStore, read_run
+
+SAVED_AFTER, STEPS = 4, 8
+LAYOUTS = [("one_rank", 0), ("two_ranks", 1), ("two_ranks", 3), ("four_ranks", 2)]
+
+
+def train_and_save(mesh, stage, folder):
+    config = tiny_config(engine__zero_stage=stage)
+    engine = tiny_engine(mesh, config)
+    engine_curve(mesh, config, SAVED_AFTER, engine)
+    run = {"applied_steps": engine.applied_steps}
+    return CheckpointStore(folder, mesh, keep=2).save(SAVED_AFTER, engine.fragments(), run)
+
+
+def load_and_go_on(mesh, stage, folder):
+    config = tiny_config(engine__zero_stage=stage)
+    engine = tiny_engine(mesh, config)
+    engine_curve(mesh, config, 1, engine, first=15)  # other weights and moments than fresh ones
+    store = CheckpointStore(folder, mesh, keep=2)
+    checkpoint = store.newest_valid()
+    store.load(checkpoint, engine.fragments())
+    engine.loaded(read_run(checkpoint)["applied_steps"])
+    return engine_curve(mesh, config, STEPS - SAVED_AFTER, engine, first=SAVED_AFTER)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return plain_curve(tiny_config(), STEPS)[SAVED_AFTER:]
+
+
+@pytest.mark.parametrize("saver", LAYOUTS, ids=str)
+def test_every_layout_goes_on_from_it(request, tmp_path, uninterrupted, saver):
+    ranks, stage = saver
+    assert request.getfixturevalue(ranks).run(train_and_save, stage, tmp_path) == [None] * int_of(ranks)
+    for loader, loader_stage in LAYOUTS:
+        for curve in request.getfixturevalue(loader).run(load_and_go_on, loader_stage, tmp_path):
+            for (losses, norm), (expected, expected_norm) in zip(curve, uninterrupted, strict=True):
+                assert losses == pytest.approx(expected, abs=2e-5), f"loaded on {loader}, ZeRO-{loader_stage}"
+                assert norm == pytest.approx(expected_norm, rel=2e-4)
+
+
+def int_of(ranks: str) -> int:
+    return {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}[ranks]
