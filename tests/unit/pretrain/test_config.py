@@ -1,0 +1,108 @@
+"""A config says in one sentence what is wrong with it: the key, the values, the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import SIZES, load_config
+from pretrain.errors import ConfigError
+
+MINIMAL = """
+output: runs/x
+data: {train: train/manifest.json, tokenizer: t.model}
+model: {size: tiny}
+training: {steps: 100, global_batch: 64}
+optimizer: {learning_rate: 3e-4, warmup_steps: 10}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_three_layers_the_command_line_last(path):
+    config = load_config(path, ["training.steps=50", "objectives.matching.pool=8", "data.crop_scale=[0.9, 1.0]"])
+    assert config.training.steps == 50  # the command line
+    assert config.training.global_batch == 64  # the file
+    assert config.training.accumulation == 1  # the default
+    assert config.objectives.matching is not None
+    assert config.objectives.matching.pool == 8
+    assert config.data.crop_scale == (0.9, 1.0)
+
+
+def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
+    assert load_config(path).optimizer.learning_rate == 3e-4
+    assert load_config(path, ["optimizer.learning_rate=1e-5"]).optimizer.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat: did you mean 'learning_rate'?"),
+        ("objectives.matching.poool=4", "unknown key objectives.matching.poool: did you mean 'pool'?"),
+        ("modle.size=tiny", "unknown key modle: did you mean 'model'?"),
+        ("model.size=huge", "model.size is 'huge': input should be 'tiny', 'small/16', 'base/16' or 'large/16'."),
+        ("training.steps=many", "training.steps is 'many': input should be a valid integer"),
+        ("training.global_batch=-1", "training.global_batch is -1: input should be greater than 0."),
+        ("model.image.size=60", "model.image.size 60 is not a multiple of model.image.patch 8: choose a size that is"),
+        ("model.text.heads=5", "model.text.heads 5 does not divide the width 128: choose a number that does"),
+        ("model.fusion.heads=5", "model.fusion.heads 5 does not divide the width 128"),
+        ("model.fusion=null", "model.architecture cross_attention needs model.fusion: remove `fusion: null`"),
+        ("model.architecture=dual_encoder", "set objectives.matching=null, or model.architecture=cross_attention"),
+        ("objectives.matching.pool=5", "objectives.matching.pool 5 does not divide data.grain 16"),
+        ("objectives.contrastive.temperature=2", "temperature 2.0 is not between min_temperature 0.01 and"),
+        ("optimizer.warmup_steps=100", "optimizer.warmup_steps 100 is not below training.steps 100: shorten the"),
+        ("training.steps", "Cannot read the override 'training.steps': write key=value"),
+        ("training.steps=[", "Cannot read the value of training.steps=["),
+    ],
+)
+def test_a_mistake_is_named_with_its_fix(path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_offload_without_zero_names_both_keys(path):
+    with pytest.raises(ConfigError, match=r"engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0"):
+        load_config(path, ["engine.offload=cpu", "engine.zero_stage=0"])
+
+
+def test_fusion_and_dual_encoder_are_refused_together(path):
+    overrides = ["model.architecture=dual_encoder", "model.fusion.depth=2"]
+    with pytest.raises(ConfigError, match="dual_encoder has no model.fusion: remove model.fusion"):
+        load_config(path, overrides)
+
+
+def test_a_missing_key_and_a_missing_file_are_named(path):
+    path.write_text(MINIMAL.replace("steps: 100, ", ""))
+    with pytest.raises(ConfigError, match="training.steps is missing: add it to the file"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="No config at .*nowhere.yaml: give the path of a YAML file"):
+        load_config(path.with_name("nowhere.yaml"))
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="Cannot read the config"):
+        load_config(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="is not a mapping"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dual_encoders_text_tower_is_the_whole_stack(path, size):
+    off = ["objectives.matching=null", "objectives.masked_lm=null", "model.architecture=dual_encoder"]
+    fused = load_config(path, [f"model.size={size}"]).model
+    dual = load_config(path, [f"model.size={size}", *off]).model
+    assert fused.fusion is not None
+    assert dual.fusion is None
+    assert dual.text.depth == fused.text.depth + fused.fusion.depth
+
+
+def test_every_config_in_the_repository_loads():
+    configs = sorted(Path("configs").glob("*.yaml"))
+    assert configs
+    for config in configs:
+        load_config(config)

@@ -1,0 +1,128 @@
+"""The objectives against loops that say the same in the plainest way."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.objectives.contrastive import Identity, contrastive_loss
+from pretrain.objectives.masked_lm import UNUSED, masked_lm_loss
+from pretrain.objectives.matching import matching_loss, mine_hard_negatives
+from pretrain.objectives.noise import gumbel
+
+B, E = 12, 8
+
+
+def unit_vectors(seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(B, E, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def distinct() -> Identity:
+    return Identity(torch.arange(B), torch.arange(B))
+
+
+def test_contrastive_loss_is_the_mean_of_both_directions_cross_entropies():
+    image, text, scale = unit_vectors(0), unit_vectors(1), torch.tensor([2.0])
+    loss, counts = contrastive_loss(image, text, scale, distinct(), None)
+    logits = math.e**2 * image @ text.T
+    expected = sum(-logits[i].log_softmax(0)[i] - logits[:, i].log_softmax(0)[i] for i in range(B)) / (2 * B)
+    torch.testing.assert_close(loss, expected)
+    right = sum(logits[i].argmax() == i for i in range(B)) + sum(logits[:, i].argmax() == i for i in range(B))
+    assert counts.tolist() == [right, 2 * B]
+
+
+def test_pairs_that_share_an_image_or_a_caption_are_no_negatives():
+    image, text, scale = unit_vectors(0), unit_vectors(1), torch.tensor([2.0])
+    identity = Identity(torch.tensor([0, 0, *range(2, B)]), torch.tensor([*range(B - 2), 99, 99]))
+    loss, _ = contrastive_loss(image, text, scale, identity, None)
+    logits = math.e**2 * image @ text.T
+    for i, j in ((0, 1), (1, 0), (B - 2, B - 1), (B - 1, B - 2)):
+        logits[i, j] = -math.inf
+    expected = (F.cross_entropy(logits, torch.arange(B)) + F.cross_entropy(logits.T, torch.arange(B))) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_negatives_come_from_the_pool_and_share_neither_image_nor_caption():
+    identity = Identity(torch.arange(B) // 2, torch.arange(B))  # images come in pairs
+    for seed in range(20):
+        found = mine_hard_negatives(
+            unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), identity, 100 + torch.arange(B), pool=4, seed=seed
+        )
+        for rows in (found.image_rows, found.text_rows):
+            for own, other in enumerate(rows.tolist()):
+                assert (100 + own) // 4 == (100 + other) // 4
+                assert identity.image_ids[own] != identity.image_ids[other]
+        assert found.image_valid.all()
+        assert found.text_valid.all()
+
+
+def test_negatives_are_drawn_with_the_probability_of_the_softmax():
+    image, text, scale = unit_vectors(0), unit_vectors(1), torch.tensor([1.5])
+    draws = 4000
+    counts = torch.zeros(B, B)
+    for seed in range(draws):
+        found = mine_hard_negatives(image, text, scale, distinct(), torch.arange(B) + B * seed, pool=B, seed=0)
+        counts[torch.arange(B), found.text_rows] += 1
+    logits = (scale.exp() * image @ text.T).fill_diagonal_(-math.inf)
+    expected = logits.softmax(dim=1) * draws
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).fill_diagonal_(0).sum(dim=1)
+    assert (chi_square < 30).all()  # 10 degrees of freedom: 1 in 1,000 exceeds 29.6
+
+
+def test_a_row_without_any_valid_negative_is_defined_and_counts_nothing():
+    everyone_alike = Identity(torch.zeros(B, dtype=torch.int64), torch.arange(B))
+    found = mine_hard_negatives(
+        unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), everyone_alike, torch.arange(B), pool=4, seed=0
+    )
+    assert not found.image_valid.any()
+    assert not found.text_valid.any()
+    assert found.image_rows.tolist() == list(range(B))
+    logits = torch.randn(3 * B, 2, requires_grad=True)
+    valid = torch.cat([torch.ones(B, dtype=torch.bool), found.image_valid, found.text_valid])
+    loss, counts = matching_loss(logits, valid)
+    loss.backward()
+    assert loss.isfinite()
+    assert counts[1] == B
+    assert logits.grad is not None
+    assert (logits.grad[B:] == 0).all()
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:B], torch.ones(B, dtype=torch.int64)) / 3)
+
+
+def test_the_first_third_of_the_matching_rows_belongs_together():
+    logits = torch.tensor([[-9.0, 9.0]] * B + [[9.0, -9.0]] * 2 * B)
+    loss, counts = matching_loss(logits, torch.ones(3 * B, dtype=torch.bool))
+    assert loss < 1e-6
+    assert counts.tolist() == [3 * B, 3 * B]
+
+
+def test_every_caption_weighs_the_same_in_masked_lm():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[4, UNUSED, UNUSED], [1, 2, 3]])
+    loss, counts = masked_lm_loss(logits, targets)
+    per_slot = -logits.log_softmax(dim=2)
+    second = (per_slot[1, 0, 1] + per_slot[1, 1, 2] + per_slot[1, 2, 3]) / 3
+    torch.testing.assert_close(loss, (per_slot[0, 0, 4] + second) / 2)
+    assert counts[1] == 4
+
+
+def test_a_caption_without_masked_slots_is_defined():
+    loss, counts = masked_lm_loss(torch.randn(1, 2, 5), torch.full((1, 2), UNUSED))
+    assert loss == 0
+    assert counts.tolist() == [0, 0]
+
+
+def test_noise_is_a_function_of_its_key():
+    a, b = torch.arange(50)[:, None], torch.arange(60)[None, :]
+    noise = gumbel(7, a, b)
+    assert torch.equal(noise[3:5, 4:9], gumbel(7, a[3:5], b[:, 4:9]))
+    assert not torch.equal(noise, gumbel(8, a, b))
+    assert not torch.allclose(noise[:50, :50], noise[:50, :50].T)
+
+
+def test_noise_is_gumbel_distributed_and_uncorrelated():
+    noise = gumbel(0, torch.arange(400)[:, None], torch.arange(500)[None, :]).double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)  # Euler's constant
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+    neighbours = torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]
+    assert abs(neighbours) < 0.01
