@@ -27,7 +27,7 @@ from pretrain.models.architectures import layer_specs
 from pretrain.models.flow import Flow, start_flow
 from pretrain.models.fusion import FusionBlock, MaskedLMHead, MatchingHead
 from pretrain.models.model import VisionLanguageModel, build_model
-from pretrain.models.towers import TextEmbed
+from pretrain.models.towers import TextBlock, TextEmbed
 from pretrain.objectives.masked_lm import UNUSED
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import Mesh, training_dtype
@@ -255,25 +255,14 @@ def _recalls(direction: str, suffix: str, similarity: Tensor, relevant: Tensor) 
 
 
 def _embed_captions(model: VisionLanguageModel, data: HeldoutData, captions: list[str]) -> Tensor:
-    length = len(_layer(model, "text_embed", TextEmbed).position)
-    rows = [data.tokenizer.encode(caption, length)[0] for caption in captions]
+    embed = _layer(model, "text_embed", TextEmbed)
+    rows = [data.tokenizer.encode(caption, len(embed.position))[0] for caption in captions]
     ids = torch.stack([torch.from_numpy(row) for row in rows]).to(_device(model))
-    nothing = ids.new_zeros(0)
-    flow = start_flow(
-        images=nothing,
-        text=ids,
-        masked_text=None,
-        masked_positions=nothing,
-        masked_targets=nothing,
-        positions=nothing,
-        image_ids=nothing,
-        caption_ids=nothing,
-        pad_id=model.pad_id,
-    )
-    for name, layer in model.named_children():
-        if name.startswith("text_"):
-            flow = layer(flow)
-    return _layer(model, "align", Align).embed_text(flow.text).cpu()
+    text, mask = embed.embed(ids), (ids != model.pad_id).long()
+    for layer in model.children():
+        if isinstance(layer, TextBlock):
+            text = layer.transform(text, mask)
+    return _layer(model, "align", Align).embed_text(text).cpu()
 
 
 def _run_towers(model: VisionLanguageModel, flow: Flow) -> Flow:

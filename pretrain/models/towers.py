@@ -61,8 +61,12 @@ class TextEmbed(nn.Module):
         self.token = nn.Embedding(vocabulary, config.width)
         self.position = nn.Parameter(torch.empty(config.length, config.width))
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """(R, L) int64 -> (R, L, D)."""
+        return self.token(ids) + self.position[: ids.shape[1]]
+
     def forward(self, flow: Flow) -> Flow:
-        return flow._replace(text=self.token(flow.text) + self.position[: flow.text.shape[1]])
+        return flow._replace(text=self.embed(flow.text))
 
 
 class TextBlock(Block):
