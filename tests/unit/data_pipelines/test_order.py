@@ -90,6 +90,12 @@ def test_epochs_seeds_and_lanes_have_orders_of_their_own():
     assert not np.array_equal(lanes[0], lanes[1])
 
 
+def test_what_was_asked_before_changes_nothing():
+    used = Order([40, 60], seed=0, grain=4, lanes=2, window=64)
+    for epoch in (0, 1, 0, 2):
+        assert epoch_of(used, epoch) == epoch_of(Order([40, 60], seed=0, grain=4, lanes=2, window=64), epoch)
+
+
 def test_large_seeds_differ_in_their_last_digit():
     draws = [raw(seed, Purpose.MASKING, 1, 2, size=4).tolist() for seed in (2**63, 2**63 + 1, -1, 5)]
     assert len({tuple(draw) for draw in draws}) == 4

@@ -114,6 +114,29 @@ def test_no_epoch_repeats_a_sample_and_epochs_differ(corpus: Corpus):
     assert first != second
 
 
+def test_a_sample_is_cropped_and_masked_anew_in_each_epoch(corpus: Corpus):
+    data = corpus.training(lanes=1, global_batch=4)
+    batches = list(islice(data.batches(data.initial_state()), 82))
+    first, second = (
+        {
+            image: (text, masked, pixels)
+            for batch in part
+            for image, text, masked, pixels in zip(
+                batch.image_ids.tolist(),
+                batch.text.tolist(),
+                batch.masked_text.tolist(),
+                batch.images.tolist(),
+                strict=True,
+            )
+        }
+        for part in (batches[:41], batches[41:])
+    )
+    assert first.keys() == second.keys()
+    assert all(first[image][0] == second[image][0] for image in first)
+    assert sum(first[image][1] != second[image][1] for image in first) > 82
+    assert sum(first[image][2] != second[image][2] for image in first) > 155
+
+
 def test_a_batch_is_what_the_contract_says(corpus: Corpus):
     data = corpus.training(global_batch=8)
     batch = next(data.batches(data.initial_state()))
