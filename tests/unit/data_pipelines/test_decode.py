@@ -50,6 +50,16 @@ def test_a_crop_is_what_pillow_makes_of_it(form: str, box: Box, size: int):
     assert difference.max() < 24
 
 
+@pytest.mark.parametrize("box", boxes[1:3])
+def test_decoding_at_a_smaller_scale_loses_no_detail_of_the_crop(box: Box):
+    blocks = np.random.default_rng(0).integers(0, 2, (60, 80, 1), dtype=np.uint8).repeat(8, 0).repeat(8, 1) * 255
+    data = encoded(Image.fromarray(blocks.repeat(3, 2)), "JPEG", quality=95)
+    for size in (48, 64, 100):
+        pixels, expected = decode_crop(data, lambda height, width: box, size), reference(data, box, size)
+        assert pixels.std() == pytest.approx(expected.std(), rel=0.12)
+        assert np.abs(pixels - expected).mean() < 0.2 * expected.std()
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpegs_without_rgb_become_rgb(mode: str):
     data = encoded(smooth(100, 120, mode), "JPEG", quality=95)

@@ -21,6 +21,7 @@ from data_pipelines.batch import IGNORE, Batch
 from data_pipelines.errors import DataError
 from data_pipelines.loader import TrainingData
 from data_pipelines.order import DataState
+from data_pipelines.workers import BatchDataset, stream
 
 Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
 
@@ -70,15 +71,16 @@ def test_ranks_and_accumulation_give_the_same_pixels_tokens_and_masks(
     assert global_steps(corpus, start, 14, dp_size, accumulation) == whole[:14]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_worker_processes_give_the_same_batches_in_the_same_order(corpus: Corpus, workers: int):
     data = corpus.training(global_batch=8)
     with_workers = corpus.training(global_batch=8, workers=workers)
     state = data.advance(data.initial_state())
-    stream = with_workers.batches(state)
-    for batch, expected in zip(islice(stream, 30), data.batches(state), strict=False):
+    batches = with_workers.batches(state)
+    for batch, expected in zip(islice(batches, 30), data.batches(state), strict=False):
         assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in expected.tensors().items())
-    stream.close()
+    batches.close()
 
 
 @given(st.integers(0, 14), st.sampled_from(LAYOUTS), st.sampled_from([8, 12, 24]))
@@ -266,12 +268,12 @@ def test_a_shard_truncated_under_a_run_is_never_skipped(corpus: Corpus, tmp_path
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(corpus: Corpus):
     others = set(multiprocessing.active_children())
     data = corpus.training(global_batch=4, workers=1)
-    stream = data.batches(data.initial_state())
-    next(stream)
+    batches = data.batches(data.initial_state())
+    next(batches)
     (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
     with pytest.raises(DataError, match=r"worker died, most often because memory .* data\.workers \(1 per rank"):
-        list(islice(stream, 20))
+        list(islice(batches, 20))
 
 
 def test_the_sigterm_of_a_jobs_end_leaves_the_workers_alive_and_a_crash_does_not_wait_for_them(
@@ -284,11 +286,11 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: print("told to stop", flush=True))
     data = Corpus(Path({str(corpus.folder)!r}), Path({str(corpus.tokenizer)!r})).training(global_batch=4, workers=2)
-    stream = data.batches(data.initial_state())
-    next(stream)
+    batches = data.batches(data.initial_state())
+    next(batches)
     os.killpg(0, signal.SIGTERM)
     for _ in range(40):
-        next(stream)
+        next(batches)
     print("still fed", flush=True)
     raise SystemError("crash")
 """
@@ -309,13 +311,25 @@ if __name__ == "__main__":
     assert time.monotonic() - start < 20
 
 
+class Broken(BatchDataset):
+    def make(self, key: object) -> Batch:
+        raise ZeroDivisionError(f"at {key}")
+
+
+def test_a_fault_of_ours_in_a_worker_keeps_its_traceback_and_ends_the_workers():
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ZeroDivisionError, match=r"(?s)Traceback.*in make.*at 0") as error:
+        next(stream(Broken(), range(9), 1))
+    assert set(multiprocessing.active_children()) == before, error
+
+
 def test_closing_the_stream_ends_the_workers(corpus: Corpus):
     before = len(multiprocessing.active_children())
     data = corpus.training(workers=2)
-    stream = data.batches(data.initial_state())
-    next(stream)
+    batches = data.batches(data.initial_state())
+    next(batches)
     assert len(multiprocessing.active_children()) == before + 2
-    stream.close()
+    batches.close()
     assert len(multiprocessing.active_children()) == before
 
 
