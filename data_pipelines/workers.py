@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -95,6 +97,15 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C and Slurm's SIGTERM reach the whole job; the trainer still needs data to finish its step and save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    # Torch watches the fork server instead, which outlives a killed trainer for as long as it has workers.
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 _running: set[BaseProcess] = set()

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from itertools import islice
@@ -276,11 +277,10 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(corpus: Corpus
         list(islice(batches, 20))
 
 
-def test_the_sigterm_of_a_jobs_end_leaves_the_workers_alive_and_a_crash_does_not_wait_for_them(
-    corpus: Corpus, tmp_path: Path
-):
-    script = f"""
-import os, signal
+def run_training(corpus: Corpus, folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Runs `body` in a process of its own that has been fed one batch by two workers."""
+    (folder / "run.py").write_text(f"""
+import multiprocessing, os, signal
 from corpus import Corpus
 from pathlib import Path
 if __name__ == "__main__":
@@ -288,27 +288,47 @@ if __name__ == "__main__":
     data = Corpus(Path({str(corpus.folder)!r}), Path({str(corpus.tokenizer)!r})).training(global_batch=4, workers=2)
     batches = data.batches(data.initial_state())
     next(batches)
-    os.killpg(0, signal.SIGTERM)
-    for _ in range(40):
-        next(batches)
-    print("still fed", flush=True)
-    raise SystemError("crash")
-"""
-    (tmp_path / "run.py").write_text(script)
-    root = Path(__file__).parents[3]
-    start = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py")],
-        env=os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).parent}"},
+{textwrap.indent(body, "    ")}
+""")
+    return subprocess.run(
+        [sys.executable, str(folder / "run.py")],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[3]}:{Path(__file__).parent}"},
         capture_output=True,
         text=True,
         start_new_session=True,
         timeout=60,
         check=False,
     )
+
+
+def test_the_sigterm_of_a_jobs_end_leaves_the_workers_alive_and_a_crash_does_not_wait_for_them(
+    corpus: Corpus, tmp_path: Path
+):
+    body = """
+os.killpg(0, signal.SIGTERM)
+for _ in range(40):
+    next(batches)
+print("still fed", flush=True)
+raise SystemError("crash")
+"""
+    start = time.monotonic()
+    run = run_training(corpus, tmp_path, body)
     assert run.stdout.split("\n")[:2] == ["told to stop", "still fed"], run.stderr
     assert run.stderr.rstrip().endswith("SystemError: crash")
     assert time.monotonic() - start < 20
+
+
+def test_a_killed_trainer_leaves_no_workers_behind(corpus: Corpus, tmp_path: Path):
+    body = """
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    workers = run_training(corpus, tmp_path, body).stdout.split()  # returns when the last of them closes its output
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # a moment passes until they are reaped
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class Broken(BatchDataset):
