@@ -151,7 +151,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Trains a unigram model on captions and writes it to `path`. The same captions give the same bytes.
+    """Trains a byte-pair model on captions and writes it to `path`. The same captions give the same bytes.
+
+    Byte-pair merges make a piece of every frequent word. A unigram model only considers pieces that occur in two
+    different words, and cuts a corpus of few words into syllables.
 
     Text is case-folded and normalised (NFKC): captions differ in case by accident. The special tokens are control
     symbols, which no caption can contain. A small corpus may fill fewer than `vocab_size` pieces.
@@ -164,7 +167,7 @@ def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) ->
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=(" ".join(caption.split()) for caption in captions),
             model_writer=model,
-            model_type="unigram",
+            model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             normalization_rule_name="nmt_nfkc_cf",
@@ -195,12 +198,16 @@ def export_tokenizer(model: Path, folder: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
-    from tokenizers.models import Unigram
+    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(model.read_bytes())
-    backend = Backend(Unigram([(p.piece, p.score) for p in proto.pieces], unk_id=UNK, byte_fallback=False))
+    ids = {p.piece: number for number, p in enumerate(proto.pieces)}
+    # sentencepiece merges two neighbours whenever their union is a piece, the earliest piece first.
+    splits = ((piece[:cut], piece[cut:]) for piece in ids for cut in range(1, len(piece)))
+    merges = [(left, right) for left, right in splits if left in ids and right in ids]
+    backend = Backend(BPE(ids, merges, unk_token=_SPECIAL_PIECES[UNK], fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
         [
             normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),

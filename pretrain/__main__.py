@@ -6,6 +6,7 @@ Exit codes: 0 done, 3 no valid checkpoint, 4 configuration or data, 5 too many b
 import argparse
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,13 +44,17 @@ def main() -> None:
 
 
 def _leave(error: UserError) -> None:
-    """Prints one sentence, once, and ends at once: other ranks may wait for this one in a collective."""
+    """Prints one sentence, once, and ends: other ranks may wait for this one in a collective."""
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(2)  # the main rank met the same error, prints it and takes this one down; or it did not
     print(error, file=sys.stderr, flush=True)
     if path := os.environ.get("PRETRAIN_EXIT_CODE_FILE"):
         Path(path).write_text(str(error.exit_code))
-    os._exit(error.exit_code)
+    # Exit handlers end the data workers; a communication library that does not end by itself is not waited for.
+    last_resort = threading.Timer(10, os._exit, [error.exit_code])
+    last_resort.daemon = True
+    last_resort.start()
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -21,3 +21,9 @@ class TrainingError(UserError):
 
 class StorageError(UserError):
     """Checkpoints can no longer be written (exit code 4)."""
+
+
+class StoppedError(UserError):
+    """Told to stop, and saved: the same command goes on from there (exit code 85)."""
+
+    exit_code = 85

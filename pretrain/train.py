@@ -1,5 +1,6 @@
 """Training from beginning to end. Reads as the table of contents of the toolkit."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(config_path: Path, overrides: Sequence[str]) -> None:
     )
 
     trainer = Trainer(config, mesh, engine, data, heldout)
+    stop_on_signal(trainer)
     trainer.resume()
     trainer.fit()
 
@@ -51,3 +53,12 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         **common,
     )
     return data, HeldoutData(config.data, **common) if config.data.heldout else None
+
+
+def stop_on_signal(trainer: Trainer) -> None:
+    """SIGTERM, which a launcher and Slurm send, ends the run after the current step, saved."""
+
+    def request(number: int, frame: object) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGTERM, request)

@@ -15,7 +15,7 @@ from data_pipelines.loader import TrainingData
 from data_pipelines.order import DataState
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StorageError, TrainingError
+from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.models.flow import OBJECTIVES
 from pretrain.optim import learning_rate
@@ -43,6 +43,7 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.failed_saves = 0
+        self.stop_requested = False  # may be set by a signal handler; all ranks stop after the same step
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         weights = [getattr(config.objectives, name) for name in OBJECTIVES]
         self.weights = {name: section.weight for name, section in zip(OBJECTIVES, weights, strict=True) if section}
@@ -82,6 +83,7 @@ class Trainer:
         """Trains until `training.steps`, saving, evaluating and reporting on the way.
 
         Raises:
+            StoppedError: told to stop; the state is saved.
             TrainingError: too many steps in a row were not finite.
             StorageError: the last checkpoint, or several in a row, could not be written.
             DataError: a shard cannot be read, or too many samples are bad.
@@ -95,16 +97,19 @@ class Trainer:
             self.metrics.describe(self.config, self._facts())
         temperature = next((f for f in self.engine.fragments() if f.name == "align.log_scale" and f.saved_here), None)
         batches = self.data.batches(self.data_state)
+        device = self.mesh.device
         clock = Clock()
         while self.step < training.steps:
             with clock.waiting():
-                micro_batches = [next(batches).to(self.mesh.device) for _ in range(training.accumulation)]
+                micro_batches = [next(batches).to(device) for _ in range(training.accumulation)]
             rate = learning_rate(self.step, training.steps, self.config.optimizer)
             result = self.engine.step(micro_batches, rate)
             self.step += 1
             self.data_state = self.data.advance(self.data_state)
-            batch_id = self._take_stock(micro_batches, result)
-            scale = self.mesh.sum(torch.tensor([float(temperature.tensors["master"]) if temperature else 0.0]))
+            batch_id, stop = self._take_stock(micro_batches, result)
+            scale = self.mesh.sum(
+                temperature.tensors["master"].clone() if temperature else torch.zeros(1, device=device)
+            )
             step_s, data_wait_share = clock.read()
             if self.metrics:
                 values = {
@@ -116,7 +121,7 @@ class Trainer:
                     "time/samples_per_s": training.global_batch / step_s,
                     "time/step_s": step_s,
                     "time/data_wait_share": data_wait_share,
-                    "memory/peak_gib": peak_memory_gib(self.mesh.device),
+                    "memory/peak_gib": peak_memory_gib(device),
                     "health/skipped_steps": self.skipped_steps,
                     "health/bad_samples": self.bad_samples.num_bad,
                     "batch_id": batch_id,
@@ -124,10 +129,13 @@ class Trainer:
                 self.metrics.step(self.step, values)
                 if self.step % training.log_every == 0 or self.step == training.steps:
                     self._say(self.metrics.line(self.step, values))
-            if self.heldout and (self.step % training.evaluate_every == 0 or self.step == training.steps):
+            last = self.step == training.steps
+            if self.heldout and not stop and (self.step % training.evaluate_every == 0 or last):
                 self._evaluate(self.heldout)
-            if self.step % self.config.checkpoint.every == 0 or self.step == training.steps:
-                self._save()
+            if self.step % self.config.checkpoint.every == 0 or last or stop:
+                self._save(must=last or stop)
+            if stop and not last:
+                raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
             clock.restart()
         if self.metrics:
             self.metrics.close()
@@ -142,11 +150,16 @@ class Trainer:
             **{f"accuracy/{name}": counts[name][0] / max(counts[name][1], 1) for name in self.weights},
         }
 
-    def _take_stock(self, micro_batches: Sequence[Batch], result: StepResult) -> int:
-        """Counts skipped steps and bad samples. Returns the id of the global batch: the same on any layout."""
+    def _take_stock(self, micro_batches: Sequence[Batch], result: StepResult) -> tuple[int, bool]:
+        """Counts skipped steps and bad samples, with the other ranks.
+
+        Returns:
+            The id of the global batch, the same on any layout, and whether any rank was told to stop.
+        """
         ids = sum(int(batch.image_ids.sum()) for batch in micro_batches) % 2**63
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        total_id, total_bad = self.mesh.sum(torch.tensor([ids, len(bad)])).tolist()
+        sums = torch.tensor([ids, len(bad), self.stop_requested], device=self.mesh.device)
+        total_id, total_bad, stop = self.mesh.sum(sums).tolist()
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         self.skipped_steps += not result.applied
         self.bad_samples.add(bad, total_bad, self.config.training.global_batch)
@@ -161,9 +174,10 @@ class Trainer:
                 f"not finite, and training.max_skipped_steps is {self.config.training.max_skipped_steps}: lower "
                 f"optimizer.learning_rate, and start again to go on from the checkpoints in {self.store.folder}."
             )
-        return total_id % 2**53  # what every reader of JSON takes for an integer
+        return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
 
-    def _save(self) -> None:
+    def _save(self, must: bool) -> None:
+        """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
         problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
         if problem is None:
             self.failed_saves = 0
@@ -171,7 +185,7 @@ class Trainer:
             return
         self.failed_saves += 1
         self._say(f"Could not save step {self.step}: {problem}. Earlier checkpoints are untouched.")
-        if self.step == self.config.training.steps or self.failed_saves >= MAX_FAILED_SAVES:
+        if must or self.failed_saves >= MAX_FAILED_SAVES:
             raise StorageError(
                 f"Step {self.step} could not be saved in {self.store.folder} ({problem}): make space or mend the disk, "
                 f"and start again with the same command to go on from the newest checkpoint."

@@ -1,6 +1,7 @@
 """Fixtures that several folders share."""
 
 import pytest
+
 from distributed.ranks import Ranks
 
 

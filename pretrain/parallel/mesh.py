@@ -1,6 +1,8 @@
 """The processes of a run: who this one is, which device it drives, and sums over all of them."""
 
+import ctypes
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,7 @@ from pretrain.config import EngineConfig
 
 # A rank that waits this long for another one gives up. Longer than any save or evaluation between two steps.
 TIMEOUT = timedelta(minutes=20)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ def start_mesh() -> Mesh:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank whose launcher is killed would train on by itself, and write where the next start writes.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if "RANK" not in os.environ:  # DeepSpeed wants a process group even for one process
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ[name] = value

@@ -38,9 +38,9 @@ def exported(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_caption_stands_between_cls_and_sep_padded_to_its_length(tokenizer: Tokenizer):
-    ids, starts = tokenizer.encode("red circle", 8)
+    ids, starts = tokenizer.encode("red circle", 16)
     pieces, _ = tokenizer.pieces("red circle")
-    assert ids.tolist() == [2, *pieces.tolist(), 3, *[0] * (6 - len(pieces))]
+    assert ids.tolist() == [2, *pieces.tolist(), 3, *[0] * (14 - len(pieces))]
     assert (ids.dtype, starts.dtype, starts.shape) == (np.int64, bool, (8,))
 
 

@@ -1,0 +1,127 @@
+"""A run that is killed and started again with the same command is the run that was never killed."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.config import DataConfig
+from data_pipelines.loader import TrainingData
+from e2e.conftest import metrics, run, start, survivors, tiny_run, wait_for_step, write_config
+
+STEPS, STEPS_PER_EPOCH = 30, 13
+
+
+@pytest.fixture(scope="module")
+def never_killed(corpus, tmp_path_factory):
+    """The metrics of a run on two ranks that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("never_killed")
+    config = write_config(tiny_run(corpus, folder / "run"), folder / "run.yaml")
+    result = run("launch", "local", config.path, "--nproc", 2)
+    assert result.code == 0, result.err
+    return metrics(config.output)
+
+
+@pytest.fixture(scope="module")
+def killed(corpus, tmp_path_factory):
+    """The folder of a run on two ranks whose launcher met SIGKILL in its second epoch, and its config."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = write_config(tiny_run(corpus, folder / "run"), folder / "run.yaml")
+    process = start("launch", "local", config.path, "--nproc", 2)
+    wait_for_step(process, config.output, 18)
+    process.kill()
+    process.communicate()
+    return config
+
+
+def restarted(killed, ranks: int, tmp_path: Path):
+    """The metrics after the same command ran again on a copy of what the kill left behind."""
+    shutil.copytree(killed.output, tmp_path / "run")
+    result = run("launch", "local", killed.path, "--nproc", ranks, f"output={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert "saved on 2 ranks, at step 16" in result.out
+    return metrics(tmp_path / "run")
+
+
+def digits(step):
+    """What a step printed, but for times and memory."""
+    return {name: value for name, value in step.items() if not name.startswith(("time/", "memory/"))}
+
+
+def test_the_same_ranks_repeat_every_digit(never_killed, killed, tmp_path):
+    again = restarted(killed, 2, tmp_path)
+    assert [digits(step) for step in again] == [digits(step) for step in never_killed]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_other_ranks_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks):
+    again = restarted(killed, ranks, tmp_path)
+    assert [step["batch_id"] for step in again] == [step["batch_id"] for step in never_killed]
+    for step, expected in zip(again, never_killed, strict=True):
+        for name in ("loss", "loss/contrastive", "loss/matching", "loss/masked_lm", "gradient_norm"):
+            assert step[name] == pytest.approx(expected[name], rel=1e-4), f"{name} of step {step['step']}"
+
+
+def test_each_epoch_takes_each_sample_once(never_killed, corpus, tmp_path):
+    """The batches that the run reports are those of the plan, in which no sample comes twice."""
+    data = TrainingData(
+        DataConfig(**tiny_run(corpus, tmp_path)["data"]),
+        image_size=32,
+        text_length=20,
+        mask_probability=0.15,
+        seed=0,
+        global_batch=64,
+    )
+    assert data.steps_per_epoch == STEPS_PER_EPOCH
+    batches = data.batches(data.initial_state())
+    for epoch_start in range(0, STEPS - STEPS_PER_EPOCH, STEPS_PER_EPOCH):
+        seen: set[tuple[int, int]] = set()
+        for step in range(epoch_start, epoch_start + STEPS_PER_EPOCH):
+            batch = next(batches)
+            assert int(batch.image_ids.sum()) % 2**53 == never_killed[step]["batch_id"]
+            seen.update(zip(batch.image_ids.tolist(), batch.caption_ids.tolist(), strict=True))
+        assert len(seen) == STEPS_PER_EPOCH * 64
+
+
+def test_a_run_told_to_stop_saves_and_goes_on(never_killed, config):
+    process = start("launch", "local", config.path, "--nproc", 2)
+    wait_for_step(process, config.output, 6)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+    stopped_at = metrics(config.output)[-1]["step"]
+    assert f"Told to stop: saved step {stopped_at}." in err
+    again = run("launch", "local", config.path, "--nproc", 2, "checkpoint.resume=must")
+    assert f"at step {stopped_at}." in again.out
+    assert [digits(step) for step in metrics(config.output)] == [digits(step) for step in never_killed]
+
+
+def test_a_finished_run_has_nothing_to_do(corpus, tmp_path):
+    config = write_config(tiny_run(corpus, tmp_path / "run"), tmp_path / "run.yaml")
+    short = ("pretrain", "train", config.path, "training.steps=6")
+    assert run(*short).code == 0
+    again = run(*short)
+    assert again.code == 0
+    assert "Nothing to do: step 6 of training.steps 6 is reached." in again.out
+    assert len(metrics(config.output)) == 6
+
+
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_a_kill_leaves_no_process_behind(config, victim):
+    """Neither ranks that train on by themselves nor idle data workers."""
+    process = start("launch", "local", config.path, "--nproc", 2, "data.workers=2", "training.steps=9999", mark=victim)
+    wait_for_step(process, config.output, 3)
+    assert len(survivors(victim)) >= 7  # launcher, ranks, workers
+    if victim == "launcher":
+        process.kill()
+    else:
+        rank = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        os.kill(int(rank), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    deadline = time.monotonic() + 20
+    while (left := survivors(victim)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
