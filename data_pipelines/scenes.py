@@ -37,9 +37,9 @@ RELATIONS = {  # how the first of two objects stands to the second, and in words
     "below": ("below", "under"),
 }
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-PREFIXES = ("", "", "a picture of ", "an image of ", "there is ", "a drawing of ")
+PREFIXES = ("", "", "", "a picture of ", "there is ")
 SHORT_SHARE = 0.1  # of the training captions: shapes alone, the form of the zero-shot prompts
-PROMPTS = ("a {} and a {}", "a picture of a {} and a {}", "an image of a {} and a {}")
+PROMPTS = ("a {} and a {}", "a picture of a {} and a {}")
 
 Look = tuple[str, str]  # (colour, shape)
 
@@ -106,7 +106,7 @@ def picture_of(scene: Scene, draws: Sequence[float], side: int) -> Image.Image:
         "below": ((across_1, far), (across_2, near)),
     }[scene.relation]
     for (size, colour, shape), (x, y), jitter in zip((scene.subject, scene.object), at, draws[7:9], strict=True):
-        radius = (0.1 if size == "small" else 0.19) * (0.92 + 0.16 * jitter)
+        radius = (0.13 if size == "small" else 0.2) * (0.92 + 0.16 * jitter)
         tint = tuple(
             min(255, max(0, value + int(24 * (draws[9 + i] - 0.5)))) for i, value in enumerate(COLOURS[colour])
         )

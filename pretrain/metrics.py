@@ -15,7 +15,7 @@ from pretrain.config import Config
 
 
 class Clock:
-    """Measures one step at a time: how long it took, and how much of that was waiting for data."""
+    """Measures one step: how long it took, and how much of that was waiting for data."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -27,12 +27,8 @@ class Clock:
         yield
         self._waited_s += time.perf_counter() - begin
 
-    def restart(self) -> None:
-        """Begins a step: what was done since the last one (evaluation, saving) is not part of it."""
-        self._start, self._waited_s = time.perf_counter(), 0.0
-
     def read(self) -> tuple[float, float]:
-        """(seconds since the step began, share of them spent waiting for data)."""
+        """(seconds since the clock was made, share of them spent waiting for data)."""
         elapsed_s = time.perf_counter() - self._start
         return elapsed_s, self._waited_s / elapsed_s
 

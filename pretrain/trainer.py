@@ -2,17 +2,19 @@
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.budget import BadSampleBudget
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
 from data_pipelines.order import DataState
+from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
@@ -38,15 +40,19 @@ class Trainer:
         self.data = data
         self.heldout = heldout
         self.store = CheckpointStore(config.output / "checkpoints", mesh, config.checkpoint.keep)
+        self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.failed_saves = 0
-        self.stop_requested = False  # may be set by a signal handler; all ranks stop after the same step
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
-        weights = [getattr(config.objectives, name) for name in OBJECTIVES]
-        self.weights = {name: section.weight for name, section in zip(OBJECTIVES, weights, strict=True) if section}
+        self.stop_requested = False  # a signal handler sets it; all ranks stop after the same step
+        sections = {name: getattr(config.objectives, name) for name in OBJECTIVES}
+        self.weights = {name: section.weight for name, section in sections.items() if section}
+        # Live view of the temperature's master copy, on the one rank that saves it.
+        views = (f.tensors["master"] for f in engine.fragments() if f.name == "align.log_scale" and f.saved_here)
+        self.log_scale = next(views, None)
 
     def resume(self) -> None:
         """Goes on from the newest valid checkpoint, as `checkpoint.resume` says; call it once, before `fit`.
@@ -70,11 +76,12 @@ class Trainer:
                 f"checkpoint.resume=auto to go on from it."
             )
         run = read_run(checkpoint)
-        self._check_same_run(run, str(checkpoint))
+        check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
+        self.data_state = DataState.from_dict(run["data"])
+        self.data_state.check_resumable(self.data.initial_state())
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
         self.step = run["step"]
-        self.data_state = DataState.from_dict(run["data"])
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         self._say(f"Resumed from {checkpoint}, saved on {run['layout']['dp']} ranks, at step {self.step}.")
@@ -88,70 +95,64 @@ class Trainer:
             StorageError: the last checkpoint, or several in a row, could not be written.
             DataError: a shard cannot be read, or too many samples are bad.
         """
-        training = self.config.training
+        training, checkpoint = self.config.training, self.config.checkpoint
         if self.step >= training.steps:
             self._say(f"Nothing to do: step {self.step} of training.steps {training.steps} is reached.")
             return
-        self.metrics = Metrics(self.config, self.step) if self.mesh.is_main else None
-        if self.metrics:
+        if self.mesh.is_main:
+            self.metrics = Metrics(self.config, self.step)
             self.metrics.describe(self.config, self._facts())
-        temperature = next((f for f in self.engine.fragments() if f.name == "align.log_scale" and f.saved_here), None)
+
         batches = self.data.batches(self.data_state)
-        device = self.mesh.device
-        clock = Clock()
         while self.step < training.steps:
-            with clock.waiting():
-                micro_batches = [next(batches).to(device) for _ in range(training.accumulation)]
-            rate = learning_rate(self.step, training.steps, self.config.optimizer)
-            result = self.engine.step(micro_batches, rate)
-            self.step += 1
-            self.data_state = self.data.advance(self.data_state)
-            batch_id, stop = self._take_stock(micro_batches, result)
-            scale = self.mesh.sum(
-                temperature.tensors["master"].clone() if temperature else torch.zeros(1, device=device)
-            )
-            step_s, data_wait_share = clock.read()
-            if self.metrics:
-                values = {
-                    **self._values(result),
-                    "learning_rate": rate,
-                    "gradient_norm": result.gradient_norm,
-                    "temperature": math.exp(-scale.item()),
-                    "epoch": self.data_state.epoch,
-                    "time/samples_per_s": training.global_batch / step_s,
-                    "time/step_s": step_s,
-                    "time/data_wait_share": data_wait_share,
-                    "memory/peak_gib": peak_memory_gib(device),
-                    "health/skipped_steps": self.skipped_steps,
-                    "health/bad_samples": self.bad_samples.num_bad,
-                    "batch_id": batch_id,
-                }
-                self.metrics.step(self.step, values)
-                if self.step % training.log_every == 0 or self.step == training.steps:
-                    self._say(self.metrics.line(self.step, values))
+            stop = self._train_step(batches)
             last = self.step == training.steps
             if self.heldout and not stop and (self.step % training.evaluate_every == 0 or last):
                 self._evaluate(self.heldout)
-            if self.step % self.config.checkpoint.every == 0 or last or stop:
+            if self.step % checkpoint.every == 0 or last or stop:
                 self._save(must=last or stop)
             if stop and not last:
                 raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
-            clock.restart()
+
         if self.metrics:
             self.metrics.close()
 
-    def _values(self, result: StepResult) -> dict[str, float]:
-        """The losses and accuracies of the objectives that are on."""
-        losses = dict(zip(OBJECTIVES, result.losses.tolist(), strict=True))
-        counts = dict(zip(OBJECTIVES, result.counts.tolist(), strict=True))
-        return {
-            "loss": sum(weight * losses[name] for name, weight in self.weights.items()),
-            **{f"loss/{name}": losses[name] for name in self.weights},
-            **{f"accuracy/{name}": counts[name][0] / max(counts[name][1], 1) for name in self.weights},
-        }
+    def _train_step(self, batches: Iterator[Batch]) -> bool:
+        """One optimizer step and its report. Returns whether any rank was told to stop."""
+        training = self.config.training
+        clock = Clock()
+        with clock.waiting():
+            micro_batches = [next(batches).to(self.mesh.device) for _ in range(training.accumulation)]
+        rate = learning_rate(self.step, training.steps, self.config.optimizer)
+        result = self.engine.step(micro_batches, rate)
+        self.step += 1
+        self.data_state = self.data.advance(self.data_state)
+        batch_id, stop = self._take_stock(micro_batches)
+        temperature = self._temperature()
+        step_s, data_wait_share = clock.read()
+        if self.metrics:
+            values = {
+                **self._by_objective(result.losses, result.counts),
+                "learning_rate": rate,
+                "gradient_norm": result.gradient_norm,
+                "temperature": temperature,
+                "epoch": self.data_state.epoch,
+                "time/samples_per_s": training.global_batch / step_s,
+                "time/step_s": step_s,
+                "time/data_wait_share": data_wait_share,
+                "memory/peak_gib": peak_memory_gib(self.mesh.device),
+                "health/skipped_steps": self.skipped_steps + (not result.applied),
+                "health/bad_samples": self.bad_samples.num_bad,
+                "batch_id": batch_id,
+            }
+            self.metrics.step(self.step, values)
+            if self.step % training.log_every == 0 or self.step == training.steps:
+                self._say(self.metrics.line(self.step, values))
+        self._watch_health(result)
+        return stop
 
-    def _take_stock(self, micro_batches: Sequence[Batch], result: StepResult) -> tuple[int, bool]:
-        """Counts skipped steps and bad samples, with the other ranks.
+    def _take_stock(self, micro_batches: Sequence[Batch]) -> tuple[int, bool]:
+        """Counts bad samples, with the other ranks.
 
         Returns:
             The id of the global batch, the same on any layout, and whether any rank was told to stop.
@@ -160,21 +161,71 @@ class Trainer:
         bad = [sample for batch in micro_batches for sample in batch.bad]
         sums = torch.tensor([ids, len(bad), self.stop_requested], device=self.mesh.device)
         total_id, total_bad, stop = self.mesh.sum(sums).tolist()
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
-        self.skipped_steps += not result.applied
         self.bad_samples.add(bad, total_bad, self.config.training.global_batch)
-        if not result.applied:
-            self._say(
-                f"step {self.step} skipped: the loss or the gradient norm is not finite "
-                f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
-            )
-        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+        return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
+
+    def _temperature(self) -> float:
+        here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
+        return math.exp(-self.mesh.sum(here.to(self.mesh.device)).item())
+
+    def _watch_health(self, result: StepResult) -> None:
+        """Counts steps that were skipped, and ends a run that does nothing else."""
+        if result.applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        self._say(
+            f"step {self.step} skipped: the loss or the gradient norm is not finite "
+            f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
+        )
+        limit = self.config.training.max_skipped_steps
+        if self.skipped_in_a_row >= limit:
             raise TrainingError(
                 f"The last {self.skipped_in_a_row} steps, up to step {self.step}, had a loss or gradient norm that is "
-                f"not finite, and training.max_skipped_steps is {self.config.training.max_skipped_steps}: lower "
-                f"optimizer.learning_rate, and start again to go on from the checkpoints in {self.store.folder}."
+                f"not finite, and training.max_skipped_steps is {limit}: lower optimizer.learning_rate, and start "
+                f"again to go on from the checkpoints in {self.store.folder}."
             )
-        return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
+
+    def _evaluate(self, heldout: HeldoutData) -> None:
+        """Losses, accuracies and retrieval on held-out data, by the forward pass of training."""
+        losses, counts, rows = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
+        for batch in heldout.batches(
+            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size
+        ):
+            output = self.engine.evaluate(batch.to(self.mesh.device))
+            losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
+            embeddings = (output.image_embeddings.cpu(), output.text_embeddings.cpu())
+            rows.append((batch.positions, batch.caption_ids, *embeddings))
+        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+        gathered = [torch.cat(parts) for parts in zip(*self.mesh.gather_objects(columns), strict=True)]
+        losses, counts = self.mesh.mean(losses / len(rows)), self.mesh.sum(counts)
+        if not self.metrics:
+            return
+        positions, captions, images, texts = gathered
+        place = torch.empty(len(heldout), dtype=torch.int64)
+        place[positions] = torch.arange(len(positions))  # one row a sample: the last batches wrap around
+        captions, similarity = captions[place], images[place] @ texts[place].T  # (image, text)
+        relevant = captions[:, None] == captions[None, :]
+        values = self._by_objective(losses, counts)
+        values |= {f"text_to_image_R@{k}": value for k, value in recall(similarity.T, relevant).items()}
+        values |= {f"image_to_text_R@{k}": value for k, value in recall(similarity, relevant).items()}
+        self.metrics.scalars(self.step, {f"heldout/{name}": value for name, value in values.items()})
+        accuracies = (f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights)
+        self._say(
+            f"held out after step {self.step}: loss {values['loss']:.4f}, text-to-image R@1 "
+            f"{values['text_to_image_R@1']:.3f} of {len(captions)}, {', '.join(accuracies)}"
+        )
+
+    def _by_objective(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
+        """The losses and accuracies of the objectives that are on, and the weighted sum."""
+        loss = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
+        count = dict(zip(OBJECTIVES, counts.tolist(), strict=True))
+        return {
+            "loss": sum(weight * loss[name] for name, weight in self.weights.items()),
+            **{f"loss/{name}": loss[name] for name in self.weights},
+            **{f"accuracy/{name}": count[name][0] / max(count[name][1], 1) for name in self.weights},
+        }
 
     def _save(self, must: bool) -> None:
         """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
@@ -191,39 +242,6 @@ class Trainer:
                 f"and start again with the same command to go on from the newest checkpoint."
             )
 
-    def _evaluate(self, heldout: HeldoutData) -> None:
-        """Losses, accuracies and retrieval on held-out data, by the forward pass of training."""
-        losses, counts, embeddings = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
-        for batch in heldout.batches(
-            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size
-        ):
-            output = self.engine.evaluate(batch.to(self.mesh.device))
-            losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
-            embeddings.append(
-                (batch.positions, batch.caption_ids, output.image_embeddings.cpu(), output.text_embeddings.cpu())
-            )
-        columns = [torch.cat(column) for column in zip(*embeddings, strict=True)]
-        gathered = [torch.cat(parts) for parts in zip(*self.mesh.gather_objects(columns), strict=True)]
-        losses, counts = self.mesh.mean(losses / len(embeddings)), self.mesh.sum(counts)
-        if not self.metrics:
-            return
-        positions, captions, images, texts = gathered
-        rows = torch.empty(len(heldout), dtype=torch.int64)
-        rows[positions] = torch.arange(len(positions))  # one row a sample: the last batches wrap around
-        captions, similarity = captions[rows], images[rows] @ texts[rows].T  # (image, text)
-        relevant = captions[:, None] == captions[None, :]
-        values = {f"heldout/{name}": v for name, v in self._values(StepResult(losses, counts, 0.0, True)).items()}
-        for k, value in recall(similarity.T, relevant).items():
-            values[f"heldout/text_to_image_R@{k}"] = value
-        for k, value in recall(similarity, relevant).items():
-            values[f"heldout/image_to_text_R@{k}"] = value
-        self.metrics.scalars(self.step, values)
-        self._say(
-            f"held out after step {self.step}: loss {values['heldout/loss']:.4f}, "
-            f"text-to-image R@1 {values['heldout/text_to_image_R@1']:.3f} of {len(captions)}, "
-            + ", ".join(f"{name} accuracy {values[f'heldout/accuracy/{name}']:.3f}" for name in self.weights)
-        )
-
     def _run_state(self) -> dict[str, Any]:
         return {
             "data": self.data_state.to_dict(),
@@ -234,34 +252,11 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.data.tokenizer.fingerprint,
             "layout": {"dp": self.mesh.dp_size, "zero_stage": self.config.engine.zero_stage},
-            "versions": {name: version(name) for name in ("torch", "deepspeed")}
-            | {"python": platform.python_version()},
+            "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
 
-    def _check_same_run(self, run: dict[str, Any], where: str) -> None:
-        """Refuses a checkpoint of another model, vocabulary or seed; the order of the data checks itself."""
-        here = self.config.model_dump(mode="json")
-        for key in ("model", "seed"):
-            saved, wanted = run["config"][key], here[key]
-            for name in saved if isinstance(saved, dict) else ():
-                if saved[name] != wanted[name]:
-                    key, saved, wanted = f"{key}.{name}", saved[name], wanted[name]
-                    break
-            if saved != wanted:
-                raise CheckpointError(
-                    f"The checkpoint {where} is of another run: {key} is {saved} in it and {wanted} in the config. "
-                    f"Restore the config, or choose another output folder."
-                )
-        if run["tokenizer"] != self.data.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"The checkpoint {where} was trained with another tokenizer than {self.config.data.tokenizer}: its "
-                f"token ids would mean other words. Restore data.tokenizer, or choose another output folder."
-            )
-
     def _facts(self) -> dict[str, Any]:
-        shapes = {fragment.name: math.prod(fragment.shape) for fragment in self.engine.fragments()}
         return {
-            "parameters with a piece on the main rank": f"{sum(shapes.values()):,}",
             "ranks": self.mesh.dp_size,
             "micro-batch per rank": self.data.micro_batch_per_rank,
             "steps per epoch": self.data.steps_per_epoch,

@@ -17,8 +17,6 @@ from torch import Tensor
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.noise import gumbel
 
-MATCH, NEGATIVE_IMAGE, NEGATIVE_TEXT = 0, 1, 2  # blocks of B rows that the matching head sees, in this order
-
 
 @dataclass(frozen=True)
 class HardNegatives:
@@ -73,7 +71,8 @@ def matching_loss(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     not depend on its neighbours.
 
     Args:
-        logits: (3B, 2) in the order MATCH, NEGATIVE_IMAGE, NEGATIVE_TEXT; class 1 means "belongs together".
+        logits: (3B, 2): B matching rows, B with a negative image, B with a negative caption; class 1 means
+            "belongs together".
         valid: (3B,) bool.
 
     Returns:

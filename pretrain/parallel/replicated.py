@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from pretrain.config import Config
 from pretrain.models.model import Output, VisionLanguageModel
@@ -25,9 +25,12 @@ class ReplicatedEngine:
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
         self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
-        for master in self.masters.values():
+        # One buffer behind all gradients: one collective a step instead of one a parameter.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.masters.values()), device=mesh.device)
+        parts = self.gradients.split([p.numel() for p in self.masters.values()])
+        for master, part in zip(self.masters.values(), parts, strict=True):
             self.optimizer.prime(master)
-            master.grad = torch.zeros_like(master)
+            master.grad = part.view_as(master)
         self.applied_steps = 0
 
     def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
@@ -42,10 +45,7 @@ class ReplicatedEngine:
                 weight.grad = None
         losses, counts = self.mesh.mean(torch.as_tensor(losses)).cpu(), self.mesh.sum(torch.as_tensor(counts)).cpu()
 
-        gradients = [_grad(master) for master in self.masters.values()]
-        for gradient in gradients:
-            self.mesh.mean(gradient)
-        norm = get_total_norm(gradients)
+        norm = self.mesh.mean(self.gradients).norm()
         applied = bool(norm.isfinite()) and bool(losses.isfinite().all())
         if applied:
             if self.clip > 0:
@@ -55,7 +55,7 @@ class ReplicatedEngine:
             self.optimizer.step()
             self.applied_steps += 1
             self._copy_masters_to_weights()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.gradients.zero_()
         return StepResult(losses, counts, float(norm), applied)
 
     @torch.no_grad()

@@ -36,7 +36,8 @@ class ZeroEngine:
         layers: dict[str, nn.Module] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for spec in specs:
-            layer = build_layer(spec, config, mesh.device)
+            # zero.Init would leave a layer that is already built in fp32, whatever its settings say.
+            layer = build_layer(spec, config, mesh.device).to(training_dtype(config.engine, mesh.device))
             self.shapes |= {f"{spec.name}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
             if self.stage == 3:  # without the group, zero.Init would partition over the whole world
                 deepspeed.zero.Init(module=layer, data_parallel_group=mesh.group, config_dict_or_path=settings)
@@ -110,7 +111,7 @@ class ZeroEngine:
     def _flat_masters(self) -> list[Tensor]:
         if self.stage == 3:
             return self.optimizer.fp32_partitioned_groups_flat
-        return self.optimizer.single_partition_of_fp32_groups
+        return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
 
     def _partition(self, parameter: Any) -> tuple[int, dict[str, Tensor]] | None:
         """Stage 3: rank r holds the r-th of equal flat parts, the last one padded."""
@@ -153,4 +154,5 @@ def deepspeed_settings(config: Config, mesh: Mesh, micro_batch_per_rank: int) ->
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     if training_dtype(engine, mesh.device) == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # micro-batches would be added up in bf16
     return settings

@@ -18,17 +18,16 @@ PATHS = {
 
 ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
-    "launch": ("pretrain.config", "pretrain.accounting", "data_pipelines.errors"),
+    "launch": ("pretrain.config", "data_pipelines.errors"),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
-    "pretrain.export": ENTRY,
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
         *("pretrain.checkpoint", "pretrain.metrics", "pretrain.retrieval", "pretrain.optim", "pretrain.models.flow"),
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
-        *("pretrain.accounting", "pretrain.config", "pretrain.errors", "data_pipelines"),
+        *("pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
-    "pretrain.metrics": ("pretrain.accounting", "pretrain.config"),
+    "pretrain.metrics": ("pretrain.config",),
     "pretrain.retrieval": (),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
@@ -36,13 +35,12 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     ),
     "pretrain.parallel": (
         *("pretrain.models", "pretrain.optim", "pretrain.collectives"),
-        *("pretrain.config", "pretrain.accounting", "pretrain.errors"),
+        *("pretrain.config", "pretrain.errors"),
     ),
     "pretrain.models": ("pretrain.objectives", "pretrain.collectives", "pretrain.config"),
     "pretrain.optim": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
-    "pretrain.accounting": ("pretrain.config",),
     "pretrain.config": ("pretrain.errors", "data_pipelines.config"),
     "pretrain.errors": ("data_pipelines.errors",),
     "pretrain": (),
@@ -113,6 +111,6 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_a_login_node_reads_a_config_without_loading_torch():
-    light = [name for name in ("pretrain.config", "pretrain.accounting", "launch.local") if name in PATHS]
+    light = [name for name in ("pretrain.config", "launch.local") if name in PATHS]
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'deepspeed', 'numpy', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"

@@ -41,7 +41,7 @@ def test_a_caption_stands_between_cls_and_sep_padded_to_its_length(tokenizer: To
     ids, starts = tokenizer.encode("red circle", 16)
     pieces, _ = tokenizer.pieces("red circle")
     assert ids.tolist() == [2, *pieces.tolist(), 3, *[0] * (14 - len(pieces))]
-    assert (ids.dtype, starts.dtype, starts.shape) == (np.int64, bool, (8,))
+    assert (ids.dtype, starts.dtype, starts.shape) == (np.int64, bool, (16,))
 
 
 def test_a_long_caption_is_cut_and_keeps_its_sep(tokenizer: Tokenizer):

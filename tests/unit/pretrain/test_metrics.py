@@ -11,8 +11,6 @@ def test_the_data_wait_share_is_the_time_in_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     clock = Clock()
-    now[0] += 50  # something that belongs to no step
-    clock.restart()
     with clock.waiting():
         now[0] += 1
     now[0] += 3

@@ -1,0 +1,71 @@
+"""What the README says can be done: its commands exist, with their options, and its paths and links are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import load_config
+
+README = Path("README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+INLINE = re.findall(r"`([^`\n]+)`", README)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 9
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_exists_with_its_options(command):
+    program, *arguments = shlex.split(command)
+    match program:
+        case "make":
+            subprocess.run(["make", "--dry-run", *arguments], check=True, capture_output=True)
+        case "python" if arguments[1] == "launch":
+            subprocess.run([sys.executable, *arguments, "--dry-run"], check=True, capture_output=True)
+        case "python":
+            module, subcommand, *rest = arguments[1:]
+            usage = subprocess.run(
+                [sys.executable, "-m", module, subcommand, "--help"], check=True, capture_output=True, text=True
+            ).stdout
+            for option in (word for word in rest if word.startswith("-")):
+                assert re.search(rf"(^|[\s,\[]){re.escape(option)}\b", usage), option
+        case "sbatch":
+            script, config = [argument for argument in arguments if not argument.startswith("--")]
+            subprocess.run(["bash", "-n", script], check=True)
+            load_config(Path(config))
+        case "torchrun":
+            assert arguments[arguments.index("-m") + 1 :][:2] == ["pretrain", "train"]
+            load_config(Path(arguments[-1]))
+        case "tensorboard":
+            assert arguments == ["--logdir", "runs/demo"]
+            assert str(load_config(Path("configs/demo.yaml")).output) == "runs/demo"
+        case _:
+            raise AssertionError(f"nothing here checks {program}")
+
+
+def test_every_link_and_path_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    paths = [
+        word for word in INLINE if re.fullmatch(r"(pretrain|data_pipelines|launch|configs|tests|slurm)/[\w./]*", word)
+    ]
+    assert len(links) >= 15
+    for path in [*links, *paths]:
+        assert Path(path).exists(), path
+
+
+def test_every_exit_code_in_the_table_is_one_of_ours():
+    from data_pipelines.errors import UserError
+    from pretrain import errors
+
+    ours = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)}
+    table = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    assert table == ours | {0}
