@@ -33,8 +33,8 @@ SHAPES = ("circle", "cross", "diamond", "square", "star", "triangle")
 RELATIONS = {  # how the first of two objects stands to the second, and in words
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
+    "above": ("above",),
+    "below": ("below",),
 }
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("", "", "", "a picture of ", "there is ")
@@ -97,8 +97,8 @@ def picture_of(scene: Scene, draws: Sequence[float], side: int) -> Image.Image:
     ground = tuple(int(105 + 45 * draw) for draw in draws[:3])
     image = Image.new("RGB", (side * scale, side * scale), ground)
     pen = ImageDraw.Draw(image)
-    near, far = 0.27 + 0.08 * (draws[3] - 0.5), 0.73 + 0.08 * (draws[4] - 0.5)
-    across_1, across_2 = 0.5 + 0.3 * (draws[5] - 0.5), 0.5 + 0.3 * (draws[6] - 0.5)
+    near, far = 0.26 + 0.04 * (draws[3] - 0.5), 0.74 + 0.04 * (draws[4] - 0.5)
+    across_1, across_2 = 0.5 + 0.1 * (draws[5] - 0.5), 0.5 + 0.1 * (draws[6] - 0.5)
     at = {
         "left of": ((near, across_1), (far, across_2)),
         "right of": ((far, across_1), (near, across_2)),
@@ -106,7 +106,7 @@ def picture_of(scene: Scene, draws: Sequence[float], side: int) -> Image.Image:
         "below": ((across_1, far), (across_2, near)),
     }[scene.relation]
     for (size, colour, shape), (x, y), jitter in zip((scene.subject, scene.object), at, draws[7:9], strict=True):
-        radius = (0.13 if size == "small" else 0.2) * (0.92 + 0.16 * jitter)
+        radius = (0.14 if size == "small" else 0.22) * (0.92 + 0.16 * jitter)
         tint = tuple(
             min(255, max(0, value + int(24 * (draws[9 + i] - 0.5)))) for i, value in enumerate(COLOURS[colour])
         )

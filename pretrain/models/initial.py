@@ -28,7 +28,8 @@ def initial_value(name: str, shape: torch.Size, config: Config) -> Tensor:
     |---------------------------------------|---------------------------------------------------------|
     | log_scale                             | log(1 / temperature)                                    |
     | norm weights, biases                  | 1, 0                                                    |
-    | embeddings, positions, classifiers    | normal, std 0.02                                        |
+    | token embeddings, positions           | normal, std width^-0.5                                  |
+    | classifiers                           | normal, std 0.02                                        |
     | projections that leave a residual sum | normal, std fan_in^-0.5, over sqrt(2 x blocks)          |
     | other projections                     | normal, std fan_in^-0.5                                 |
 
@@ -38,10 +39,10 @@ def initial_value(name: str, shape: torch.Size, config: Config) -> Tensor:
         return torch.full(shape, math.log(1 / config.objectives.contrastive.temperature))
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    if name.endswith(("token.weight", "position", "classify.weight", "decode.weight")):
+    if name.endswith(("classify.weight", "decode.weight")):
         std = 0.02
     else:
-        std = shape[1] ** -0.5
+        std = shape[1] ** -0.5  # (fan out, fan in) of a projection, (rows, width) of an embedding
         if name.endswith(("out.weight", "down.weight")):
             std /= math.sqrt(2 * _blocks_in_stack(name, config))
     digest = hashlib.sha256(f"{config.seed} {name}".encode()).digest()
