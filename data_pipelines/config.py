@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
     """A frozen part of the config that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -48,3 +48,11 @@ class DataConfig(Section):
 
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """... and beyond those, this share of the samples taken. The run stops when both are used up."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_range_of_shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale [{low}, {high}] must be two shares of the area with 0 < low <= high <= 1")
+        return value

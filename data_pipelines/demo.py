@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
-from data_pipelines.scenes import SHORT_SHARE, caption_of, draw_scene, picture_of, zero_shot_prompts
+from data_pipelines.scenes import DRAWING, SHORT_SHARE, caption_of, draw_scene, picture_of, zero_shot_prompts
 from data_pipelines.shards import write_shard
 from data_pipelines.tokenizer import train_sentencepiece
 
@@ -37,18 +37,23 @@ class Demo:
         return len(self._jobs(Path()))
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether the folder holds exactly this corpus.
+        """Whether the folder holds exactly this corpus, drawn as this version draws.
 
         Raises:
-            DataError: It holds something else.
+            DataError: It holds something else, or does not say what.
         """
         if not folder.exists() or not any(folder.iterdir()):
             return False
         record = folder / "demo.json"
-        found = json.loads(record.read_text()) if record.is_file() else "something else"
-        if found != asdict(self):
+        try:
+            found = json.loads(record.read_bytes()) if record.is_file() else "something else"
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
-                f"{folder} already holds {found}, not a demo of {asdict(self)}: remove it, or name another."
+                f"{record} cannot be read ({type(error).__name__}): remove {folder}, or name another."
+            ) from None
+        if found != self._record():
+            raise DataError(
+                f"{folder} already holds {found}, not a demo of {self._record()}: remove it, or name another."
             )
         return True
 
@@ -78,10 +83,13 @@ class Demo:
             manifest.save(path)
         train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size)
         (tmp / "heldout" / "prompts.json").write_text(json.dumps(zero_shot_prompts(), indent=2) + "\n")
-        (tmp / "demo.json").write_text(json.dumps(asdict(self)) + "\n")
+        (tmp / "demo.json").write_text(json.dumps(self._record()) + "\n")
         if folder.exists():
             folder.rmdir()
         tmp.rename(folder)
+
+    def _record(self) -> dict[str, int]:
+        return asdict(self) | {"drawing": DRAWING}
 
     def _jobs(self, folder: Path) -> list[tuple[Path, bool, int, int]]:
         return [

@@ -1,5 +1,9 @@
 """Errors that are the user's to mend: one clear sentence, no traceback."""
 
+from __future__ import annotations
+
+import errno
+
 
 class UserError(Exception):
     """Something outside the code is wrong: the message names it, the values and the fix.
@@ -12,6 +16,17 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A shard, a sample, a manifest or a tokenizer is not what it should be."""
+
+
+def cannot_open(what: str, error: OSError) -> DataError:
+    """What to say of a file that is there and yet cannot be opened."""
+    fixes = {
+        errno.EISDIR: "name a file, not a folder",
+        errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+        errno.ENFILE: "raise the machine's limit of open files (`sysctl fs.file-max`)",
+    }
+    fix = fixes.get(error.errno or 0, "see that you may read it and that its disk answers")
+    return DataError(f"{what} cannot be opened ({error.strerror}): {fix}.")
 
 
 class SampleError(Exception):

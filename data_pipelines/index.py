@@ -18,7 +18,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.manifest import Manifest, Shard, normalised, write_atomically
 from data_pipelines.tar import TarError, TarSample, iter_members, iter_samples
 
@@ -110,12 +110,16 @@ def scan_shard(shard: Path) -> tuple[np.ndarray, list[Dropped]]:
     """Byte ranges (n, 2) int64 [start, stop) of the usable samples, and those that are not usable.
 
     Raises:
-        DataError: The tar is corrupt or truncated, or a key comes back after other samples.
+        DataError: The tar cannot be opened, is corrupt or truncated, or a key comes back after other samples.
     """
     ranges: list[tuple[int, int]] = []
     dropped: list[Dropped] = []
     keys: set[str] = set()
-    with shard.open("rb", buffering=0) as file:
+    try:
+        file = shard.open("rb", buffering=0)
+    except OSError as error:
+        raise cannot_open(f"Shard {shard}", error) from None
+    with file:
 
         def read(offset: int, size: int) -> bytes:
             return os.pread(file.fileno(), size, offset)

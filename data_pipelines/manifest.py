@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, cannot_open
 
 FORMAT = 1
 
@@ -49,14 +49,18 @@ class Manifest:
         """Reads a manifest and checks that its shards are there.
 
         Raises:
-            DataError: No such file, not a manifest, or a shard is missing or of another size.
+            DataError: No such file, it cannot be opened, is not a manifest, or a shard is missing or of another size.
         """
-        if not path.is_file():
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
             raise DataError(
                 f"There is no manifest at {path}: write one with `python -m data_pipelines index SHARDS -o {path}`."
-            )
+            ) from None
+        except OSError as error:
+            raise cannot_open(f"Manifest {path}", error) from None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(raw.decode("utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads format {FORMAT}")
             rows = [(str(row["path"]), int(row["samples"]), int(row["bytes"])) for row in content["shards"]]

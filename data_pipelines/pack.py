@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,16 +12,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from data_pipelines.decode import check_image
-from data_pipelines.errors import DataError, SampleError
+from data_pipelines.errors import DataError, SampleError, cannot_open
 from data_pipelines.index import IMAGE_EXTENSIONS, build_manifest
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import Sample
 from data_pipelines.shards import write_shard
 
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_Records = Iterator[dict[str, object] | SampleError]  # an error in the place of a row that is none
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Row:
     image: Path
     caption: str
     metadata: dict[str, object]
+    fault: str | None = None  # why the source has no pair here
 
 
 @dataclass
@@ -68,7 +66,8 @@ def pack(
         on_row: Called as each row is done.
 
     Raises:
-        DataError: The source cannot be read, the folder is not empty, or no row is good.
+        DataError: The source cannot be read, the folder is not empty, or no row is good. A bad row is none: it is
+            listed.
     """
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty: name a new folder, or empty this one.")
@@ -77,7 +76,9 @@ def pack(
     rejected: Counter[str] = Counter()
     shards: list[Path] = []
     good = 0
-    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as report, ThreadPoolExecutor() as pool:
+    # A lone surrogate in a path is written as JSON escapes it.
+    listing = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
+    with listing as report, ThreadPoolExecutor() as pool:
 
         def samples() -> Iterator[dict[str, bytes | str]]:
             # Threads, since decoding releases the interpreter; in chunks, so that memory stays small.
@@ -89,7 +90,7 @@ def pack(
                         continue
                     kind, detail = outcome
                     rejected[kind] += 1
-                    line = {"row": row.number, "image": str(row.image), "reason": detail}
+                    line = {"row": row.number, "image": "" if row.fault else str(row.image), "reason": detail}
                     report.write(json.dumps(line, ensure_ascii=False) + "\n")
 
         stream = samples()
@@ -109,7 +110,7 @@ def iter_rows(source: Path, image_column: str, caption_column: str) -> Iterator[
     """The pairs of a folder or a table, in its order.
 
     Raises:
-        DataError: There is no such source, it is of no known kind, or a column is missing.
+        DataError: There is no such source, it is of no known kind or cannot be read, or a column is missing.
     """
     readers = {".csv": _csv_records, ".tsv": _csv_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
     if source.is_dir():
@@ -118,6 +119,8 @@ def iter_rows(source: Path, image_column: str, caption_column: str) -> Iterator[
         raise DataError(
             f"{source} is no folder of images and no {', '.join(readers)} file: give one of these as the source."
         )
+    if source.suffix.lower() != ".parquet":
+        _check_text(source)
     columns, records = readers[source.suffix.lower()](source)
     for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
         if name not in columns:
@@ -129,10 +132,23 @@ def iter_rows(source: Path, image_column: str, caption_column: str) -> Iterator[
     return _table_rows(source.parent, records, image_column, caption_column)
 
 
-def _table_rows(
-    folder: Path, records: Iterator[dict[str, object]], image_column: str, caption_column: str
-) -> Iterator[Row]:
+def _check_text(source: Path) -> None:
+    # Before the first shard is written, since a table is small beside its images.
+    try:
+        with source.open(encoding="utf-8") as file:
+            for _ in file:
+                pass
+    except UnicodeDecodeError:
+        raise DataError(f"{source} is not UTF-8: convert it, as with `iconv -f WINDOWS-1252 -t UTF-8`.") from None
+    except OSError as error:
+        raise cannot_open(str(source), error) from None
+
+
+def _table_rows(folder: Path, records: _Records, image_column: str, caption_column: str) -> Iterator[Row]:
     for number, record in enumerate(records, 1):
+        if isinstance(record, SampleError):
+            yield Row(number, folder, "", {}, str(record))
+            continue
         image = str(record.pop(image_column, None) or "")
         caption = record.pop(caption_column, None)
         yield Row(number, folder / image, caption if isinstance(caption, str) else "", record)
@@ -143,14 +159,26 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
     for number, image in enumerate(images, 1):
         text = image.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
-        yield Row(number, image, caption, {"file": image.relative_to(folder).as_posix()})
+        caption, fault = "", None
+        try:
+            caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
+        except OSError as error:
+            fault = f"{text} cannot be read: {error.strerror}"
+        yield Row(number, image, caption, {"file": image.relative_to(folder).as_posix()}, fault)
 
 
-def _csv_records(path: Path) -> tuple[list[str], Iterator[dict[str, object]]]:
-    def records() -> Iterator[dict[str, object]]:
+def _csv_records(path: Path) -> tuple[list[str], _Records]:
+    def records() -> _Records:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for record in csv.DictReader(file, delimiter=delimiter):
+            reader = csv.DictReader(file, delimiter=delimiter)
+            while True:
+                try:
+                    record = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield SampleError(f"line {reader.reader.line_num} cannot be read: {error}")
+                    continue
                 yield {name: value for name, value in record.items() if name is not None}
 
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -159,46 +187,75 @@ def _csv_records(path: Path) -> tuple[list[str], Iterator[dict[str, object]]]:
     return columns, records()
 
 
-def _jsonl_records(path: Path) -> tuple[list[str], Iterator[dict[str, object]]]:
-    def records() -> Iterator[dict[str, object]]:
-        with path.open(encoding="utf-8") as file:
+def _jsonl_records(path: Path) -> tuple[list[str], _Records]:
+    def records() -> _Records:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
-                if not isinstance(record, dict):
-                    raise DataError(f"Line {number} of {path} is not a JSON object: mend or remove it.")
-                yield record
+                yield record if isinstance(record, dict) else SampleError(f"line {number} is not a JSON object")
 
-    return list(next(records(), {})), records()
+    first = next((record for record in records() if isinstance(record, dict)), None)
+    if first is None:
+        raise DataError(f"No line of {path} is a JSON object: give one object of columns a line.")
+    return list(first), records()
 
 
-def _parquet_records(path: Path) -> tuple[list[str], Iterator[dict[str, object]]]:
+def _parquet_records(path: Path) -> tuple[list[str], _Records]:
     try:
-        from pyarrow import parquet  # an optional dependency
+        from pyarrow import ArrowException, parquet  # an optional dependency
     except ImportError:
         raise DataError(f"Reading {path} needs pyarrow: `pip install pyarrow`.") from None
-    file = parquet.ParquetFile(path)
-    records = (record for batch in file.iter_batches(1024) for record in batch.to_pylist())
-    return file.schema_arrow.names, records
+    broken = (ArrowException, OSError, ValueError)
+    sentence = f"{path} cannot be read as parquet (%s): write it again, or give the table as .csv or .jsonl."
+
+    def records() -> _Records:
+        try:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+        except broken as error:
+            raise DataError(sentence % type(error).__name__) from None
+
+    try:
+        file = parquet.ParquetFile(path)
+    except broken as error:
+        raise DataError(sentence % type(error).__name__) from None
+    return file.schema_arrow.names, records()
 
 
 def _sample(row: Row) -> dict[str, bytes | str] | tuple[str, str]:
     """The row's members by extension, or why it is rejected: (kind, detail)."""
+    if row.fault:
+        return "bad row", row.fault
     try:
         data = row.image.read_bytes()
     except OSError as error:
         return "missing image", f"image cannot be read: {error.strerror}"
+    except ValueError:
+        return "missing image", "image cannot be read: its path holds a null byte or half a character"
     try:
         text = Sample("", "", data, row.caption.encode(), None).caption()
         check_image(data)
     except SampleError as error:
         kind = "bad caption" if str(error).startswith("caption") else "bad image"
         return kind, str(error)
-    with Image.open(io.BytesIO(data)) as image:
-        extension = _EXTENSION[str(image.format)]
-    metadata = json.dumps(row.metadata, ensure_ascii=False, default=str)
-    return {"__key__": f"{row.number:09d}", extension: data, "txt": text.encode(), "json": metadata.encode()}
+    except UnicodeEncodeError:
+        return "bad caption", "caption holds half a character, a lone surrogate"
+    try:
+        metadata = json.dumps(row.metadata, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return "bad metadata", "metadata holds half a character, a lone surrogate"
+    except (TypeError, ValueError, RecursionError) as error:
+        return "bad metadata", f"metadata cannot be written as JSON ({type(error).__name__})"
+    return {"__key__": f"{row.number:09d}", _extension(data): data, "txt": text.encode(), "json": metadata}
+
+
+def _extension(data: bytes) -> str:
+    # Of bytes that decode. A phone's multi-picture file (MPO) is a JPEG with more behind it.
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "png" if data.startswith(b"\x89PNG") else "webp"

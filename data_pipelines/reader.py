@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from data_pipelines.errors import DataError, SampleError
+from data_pipelines.errors import DataError, SampleError, cannot_open
 from data_pipelines.index import IMAGE_EXTENSIONS, index_path, scan_shard
 from data_pipelines.manifest import Manifest, Shard, check_size
 from data_pipelines.tar import Member, TarError, iter_members, iter_samples
@@ -127,7 +127,11 @@ class ShardReader:
                 os.close(self._open.popitem(last=False)[1][0])
             entry = self._manifest.shards[shard]
             check_size(entry)
-            opened = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC), byte_ranges(entry)
+            ranges = byte_ranges(entry)
+            try:
+                opened = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC), ranges
+            except OSError as error:
+                raise cannot_open(f"Shard {entry.path}", error) from None
             self._open[shard] = opened
         self._open.move_to_end(shard)
         return opened

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from data_pipelines.randomness import Purpose, permutation, uniform
 
+DRAWING = 1  # raise it with every change after which the same seed gives other pictures or captions
 SIZES = ("small", "large")
 COLOURS = {
     "red": (220, 40, 40),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, cannot_open
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -36,12 +36,15 @@ class Tokenizer(ABC):
         """Reads a sentencepiece `.model`, or the folder of a Hugging Face tokenizer.
 
         Raises:
-            DataError: There is no tokenizer at `path`, or it lacks a special token.
+            DataError: There is no tokenizer at `path`, it cannot be opened, or it lacks a special token.
         """
-        if path.is_dir():
-            return HuggingFaceTokenizer(path)
-        if path.is_file():
-            return SentencePieceTokenizer(path)
+        try:
+            if path.is_dir():
+                return HuggingFaceTokenizer(path)
+            if path.is_file():
+                return SentencePieceTokenizer(path)
+        except OSError as error:
+            raise cannot_open(f"Tokenizer {path}", error) from None
         raise DataError(
             f"There is no tokenizer at {path}: give a sentencepiece .model or the folder of a Hugging Face tokenizer, "
             f"or train one with `python -m data_pipelines tokenizer MANIFEST -o {path}`."
@@ -124,7 +127,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
             self._backend = wrapper.backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
+        except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception
             raise DataError(
                 f"{path} holds no Hugging Face tokenizer with a tokenizer.json ({type(error).__name__}): save one "
                 f"there with `save_pretrained`."

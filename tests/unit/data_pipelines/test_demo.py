@@ -11,7 +11,17 @@ from PIL import Image
 from data_pipelines.__main__ import main
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import Sample, ShardReader
-from data_pipelines.scenes import COLOURS, INVERSE, RELATIONS, SHAPES, Scene, caption_of, look_pairs, picture_of
+from data_pipelines.scenes import (
+    COLOURS,
+    DRAWING,
+    INVERSE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    caption_of,
+    look_pairs,
+    picture_of,
+)
 from data_pipelines.tokenizer import Tokenizer
 
 SETTINGS = ["--train", "1100", "--heldout", "40", "--size", "48"]
@@ -53,6 +63,27 @@ def test_another_demo_in_the_same_folder_is_refused(demo: Path, capfd: pytest.Ca
     assert "'seed': 0" in error
     assert "'seed': 5" in error
     assert "remove it, or name another" in error
+
+
+def test_a_demo_of_another_drawing_is_not_complete(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("data_pipelines.demo.DRAWING", DRAWING + 1)
+    assert main(["demo", str(demo), *SETTINGS]) == 4
+    error = capfd.readouterr().err
+    assert f"'drawing': {DRAWING}}}, not a demo of" in error
+    assert f"'drawing': {DRAWING + 1}}}: remove it, or name another" in error
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_a_record_that_cannot_be_read_is_named_with_the_fix(
+    content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "demo.json").write_bytes(content)
+    assert main(["demo", str(tmp_path), *SETTINGS]) == 4
+    error = capfd.readouterr().err
+    assert error.startswith(f"{tmp_path / 'demo.json'} cannot be read (")
+    assert error.endswith(f": remove {tmp_path}, or name another.\n")
 
 
 def test_the_same_seed_gives_the_same_bytes(demo: Path, tmp_path: Path):

@@ -1,6 +1,8 @@
 """Manifests are made once, travel with their data, and tell what is wrong with a shard."""
 
+import errno
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from corpus import Corpus, caption, jpeg, make_corpus, member
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import build_manifest, expand_shards, index_path
+from data_pipelines.index import build_manifest, expand_shards, index_path, scan_shard
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader, byte_ranges
 from data_pipelines.shards import write_shard
@@ -148,6 +150,30 @@ def test_what_is_no_manifest_is_said_to_be_none(content: str, tmp_path: Path):
 def test_a_missing_manifest_is_named_with_the_command_that_writes_it(tmp_path: Path):
     with pytest.raises(DataError, match=r"no manifest at .*m\.json: write one with `python -m data_pipelines index"):
         Manifest.load(tmp_path / "m.json")
+
+
+def test_a_folder_in_the_place_of_a_manifest_or_a_shard_is_named_with_the_fix(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"^Manifest .* cannot be opened \(Is a directory\): name a file, not a folder\.$"
+    ):
+        Manifest.load(tmp_path)
+    with pytest.raises(DataError, match=r"^Shard .* cannot be opened \(Is a directory\): name a file, not a folder\.$"):
+        scan_shard(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"), [(errno.EACCES, "see that you may read it"), (errno.EMFILE, "raise the limit")]
+)
+def test_a_shard_that_cannot_be_opened_is_named_with_the_fix(
+    code: int, fix: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    reader = ShardReader(Manifest.load(corpus.manifest))
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(DataError, match=rf"^Shard .*00000\.tar cannot be opened \({os.strerror(code)}\): {fix}"):
+        reader.read(0, 0)
 
 
 def test_an_index_that_is_missing_or_does_not_fit_is_made_again_in_memory(tmp_path: Path, tokenizer_path: Path):

@@ -148,7 +148,82 @@ def test_an_unknown_source_is_answered_with_the_known_ones(
     assert "no folder of images and no .csv, .tsv, .jsonl, .parquet file" in capfd.readouterr().err
 
 
-def test_a_broken_line_of_jsonl_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    (tmp_path / "t.jsonl").write_text('{"image": "a", "caption": "b"}\n{"image":\n')
-    assert main(["pack", str(tmp_path / "t.jsonl"), str(tmp_path / "out")]) == 4
-    assert "Line 2 of" in capfd.readouterr().err
+def rejected(out: Path) -> dict[int, str]:
+    rows = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["row"]: row["reason"] for row in rows}
+
+
+def test_a_multi_picture_jpeg_of_a_phone_is_packed_as_jpg(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "in" / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
+    (tmp_path / "in" / "a.txt").write_text("red")
+    with Image.open(tmp_path / "in" / "a.jpg") as image:
+        assert image.format == "MPO"
+    assert main(["pack", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert unpacked(tmp_path / "out")[0]["jpg"] == (tmp_path / "in" / "a.jpg").read_bytes()
+
+
+def test_lines_of_jsonl_that_cannot_be_rows_are_rejected_one_by_one(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    lines = (
+        '{"image":',
+        "[1]",
+        '{"image": "a.jpg", "caption": "good"}',
+        '{"image": "a.jpg", "caption": "half \\ud83d"}',
+        '{"image": "a.jpg", "caption": "x", "title": "half \\ud83d"}',
+        '{"image": "a\\u0000.jpg", "caption": "x"}',
+        '{"image": "\\ud83d.jpg", "caption": "x"}',
+        "[" * 200_000,
+    )
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert main(["pack", str(tmp_path / "t.jsonl"), str(tmp_path / "out")]) == 0
+    assert rejected(tmp_path / "out") == {
+        1: "line 1 is not a JSON object",
+        2: "line 2 is not a JSON object",
+        4: "caption holds half a character, a lone surrogate",
+        5: "metadata holds half a character, a lone surrogate",
+        6: "image cannot be read: its path holds a null byte or half a character",
+        7: "image cannot be read: its path holds a null byte or half a character",
+        8: "line 8 is not a JSON object",
+    }
+    assert [sample["txt"] for sample in unpacked(tmp_path / "out")] == [b"good"]
+
+
+def test_a_row_of_csv_that_cannot_be_read_is_rejected_with_its_line(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "t.csv").write_text(f"image,caption\na.jpg,{'x' * 200_000}\na.jpg,good\n")
+    assert main(["pack", str(tmp_path / "t.csv"), str(tmp_path / "out")]) == 0
+    assert rejected(tmp_path / "out") == {1: "line 2 cannot be read: field larger than field limit (131072)"}
+    assert [sample["txt"] for sample in unpacked(tmp_path / "out")] == [b"good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("t.csv", b"image,caption\na.jpg,caf\xe9\n", "is not UTF-8: convert it, as with `iconv"),
+        ("t.jsonl", b'{"image": "a", "caption": "caf\xe9"}\n', "is not UTF-8: convert it, as with `iconv"),
+        ("t.jsonl", b"{\n[]\n", "is a JSON object: give one object of columns a line."),
+        ("t.parquet", b"PAR1 and no more", "cannot be read as parquet (ArrowInvalid): write it again"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_with_the_fix_and_nothing_is_written(
+    name: str, content: bytes, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / name).write_bytes(content)
+    assert main(["pack", str(tmp_path / name), str(tmp_path / "out")]) == 4
+    assert f"{tmp_path / name} {sentence}" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parquet_file_that_breaks_off_within_is_named_with_the_fix(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    table = tmp_path / "t.parquet"
+    write_table(table, records(folder))
+    content = bytearray(table.read_bytes())
+    content[4:60] = b"\xff" * 56
+    table.write_bytes(content)
+    options = ["--image-column", "file", "--caption-column", "text"]
+    assert main(["pack", str(table), str(tmp_path / "out"), *options]) == 4
+    assert f"{table} cannot be read as parquet (" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Tokenizers give [CLS] pieces [SEP], know where words begin, and cannot be tricked by a caption."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -171,3 +172,20 @@ def test_no_text_to_train_on_is_an_error_that_says_so(tmp_path: Path):
         train_sentencepiece([], tmp_path / "t.model", 60)
     with pytest.raises(DataError, match="No tokenizer of 6 pieces"):
         train_sentencepiece(CAPTIONS[:50], tmp_path / "t.model", 6)
+
+
+def test_a_tokenizer_that_cannot_be_opened_is_an_error_in_one_sentence(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(DataError, match=r"holds no Hugging Face tokenizer with a tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(
+        DataError, match=r"^Tokenizer .* cannot be opened \(Permission denied\): see that you may read it"
+    ):
+        Tokenizer.load(tokenizer_path)
