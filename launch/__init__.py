@@ -1,1 +1,2 @@
-"""Starting a run: on this machine, or on a cluster. Nothing here imports torch, so a login node answers at once."""
+"""Starting a run: on this machine, or on a cluster. It imports no torch (but for `launch.torchrun`,
+which runs by itself), so a login node answers at once."""

@@ -32,7 +32,6 @@ MEANINGS = {
     3: "no valid checkpoint to resume from",
     4: "the configuration or the data needs mending, see the message above",
     5: "too many bad steps",
-    6: "a rank hung",
     85: "saved; the same command goes on from there",
 }
 

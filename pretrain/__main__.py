@@ -1,16 +1,19 @@
 """`python -m pretrain train|evaluate`: the command line.
 
-Exit codes: 0 done, 3 no valid checkpoint, 4 configuration or data, 5 too many bad steps.
+Exit codes: 0 done, 3 no valid checkpoint, 4 configuration, data or disk, 5 too many bad steps, 85 stopped and saved.
 """
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 from data_pipelines.errors import UserError
+
+_EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"  # set by the launcher, to which torchrun would say 1 whatever happened
 
 
 def main() -> None:
@@ -41,20 +44,33 @@ def main() -> None:
             evaluate_module.main(arguments.run, arguments.split, arguments.rerank)
     except UserError as error:
         _leave(error)
+    except Exception:
+        # A rank that loses its connection to one that ended with a sentence of its own has nothing to add.
+        if (code := _exit_code_of_another_rank()) is None:
+            raise
+        sys.exit(code)
 
 
 def _leave(error: UserError) -> None:
     """Prints one sentence, once, and ends: other ranks may wait for this one in a collective."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(2)  # the main rank met the same error, prints it and takes this one down; or it did not
-    print(error, file=sys.stderr, flush=True)
-    if path := os.environ.get("PRETRAIN_EXIT_CODE_FILE"):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on a launcher may end it
+    if path := os.environ.get(_EXIT_CODE_FILE):
         Path(path).write_text(str(error.exit_code))
-    # Exit handlers end the data workers; a communication library that does not end by itself is not waited for.
-    last_resort = threading.Timer(10, os._exit, [error.exit_code])
-    last_resort.daemon = True
-    last_resort.start()
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(2)  # the main rank met the same error, prints it and is followed down; or it did not
+    print(error, file=sys.stderr, flush=True)
+    # Exit handlers end the data workers. A communication library that hangs in its own is not waited for.
+    faulthandler.dump_traceback_later(20, exit=True)
     sys.exit(error.exit_code)
+
+
+def _exit_code_of_another_rank() -> int | None:
+    path = os.environ.get(_EXIT_CODE_FILE)
+    for _ in range(30 if path else 0):
+        if path and Path(path).exists() and (text := Path(path).read_text()):
+            return int(text)
+        time.sleep(0.1)
+    return None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ combination that cannot work with both keys and the fix. Imports no torch, so a 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -84,7 +84,8 @@ class ModelConfig(Section):
     def _fill_in_size(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        preset = SIZES.get(given.get("size", "base/16"), SIZES["base/16"])  # the Literal refuses other names
+        size = given.get("size", "base/16")
+        preset = SIZES["base/16"] if not isinstance(size, str) else SIZES.get(size, SIZES["base/16"])
         filled = {**preset, **given}
         for part in ("image", "text", "fusion"):
             if isinstance(filled[part], dict):
@@ -92,7 +93,7 @@ class ModelConfig(Section):
         if given.get("architecture") == "dual_encoder" and "fusion" not in given:
             filled["fusion"] = None  # its text tower is the whole stack
             text = given.get("text")
-            if not (isinstance(text, dict) and "depth" in text):
+            if text is None or (isinstance(text, dict) and "depth" not in text):
                 filled["text"]["depth"] = preset["text"]["depth"] + preset["fusion"]["depth"]
         return filled
 
@@ -197,7 +198,7 @@ class OptimizerConfig(Section):
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=2000, ge=0)
     weight_decay: float = Field(default=0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm over all parameters and ranks; 0 switches clipping off."""
@@ -237,7 +238,7 @@ class Config(Section):
 
     output: Path
     """Folder of the run: checkpoints, metrics, TensorBoard, the resolved config."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Keys the initial weights, the order of the data, augmentation, masks and negatives."""
     data: DataConfig
     model: ModelConfig

@@ -51,7 +51,7 @@ def main(run_folder: Path, split: str, rerank: int) -> None:
     """Evaluates the newest valid checkpoint of a run; prints a table and writes it as JSON beside the run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = CheckpointStore(run_folder / "checkpoints", Mesh(0, 1, device, None), keep=2)
-    checkpoint = store.newest_valid()
+    checkpoint = store.newest_valid(quarantine=False)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
     run = read_run(checkpoint)
@@ -60,11 +60,12 @@ def main(run_folder: Path, split: str, rerank: int) -> None:
     model = load_model(config, data, checkpoint, device)
     scores = evaluate(model, data, prompts_beside(data), rerank)
 
-    name = split if split == "heldout" else Path(split).parent.name
+    name = split if split == "heldout" else Path(split).resolve().parent.name
     path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
     figures = {score.name: {"value": score.value, "chance": score.chance} for score in scores}
     path.write_text(json.dumps({"checkpoint": str(checkpoint), "samples": len(data), "scores": figures}, indent=1))
-    table = Table(title=f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}", title_justify="left")
+    print(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
+    table = Table()
     for heading in ("", "score", "chance"):
         table.add_column(heading, justify="left" if not heading else "right")
     for score in scores:
@@ -238,14 +239,25 @@ def zero_shot_accuracy(model: VisionLanguageModel, data: HeldoutData, split: Enc
         means.append(torch.nn.functional.normalize(embeddings.mean(dim=0), dim=0))
     guesses = (split.image_embeddings @ torch.stack(means).T).argmax(dim=1)
     names = list(classes)
-    right = [names[g] == r.metadata[prompts["field"]] for g, r in zip(guesses.tolist(), split.records, strict=True)]
+    truths = [str(record.metadata.get(prompts["field"])) for record in split.records]
+    right = [names[guess] == truth for guess, truth in zip(guesses.tolist(), truths, strict=True)]
     return sum(right) / len(right)
 
 
 def prompts_beside(data: HeldoutData) -> dict | None:
     """`prompts.json` next to the manifest: the metadata field that names the class, and each class's prompts."""
     path = data.manifest.folder / "prompts.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        prompts = json.loads(path.read_text())
+        if not (isinstance(prompts["field"], str) and prompts["classes"] and all(prompts["classes"].values())):
+            raise ValueError("no field, or a class without prompts")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'{path} cannot be used ({error}): write {{"field": "label", "classes": {{"cat": ["a photo of a cat"]}}}}.'
+        ) from None
+    return prompts
 
 
 def _recalls(direction: str, suffix: str, similarity: Tensor, relevant: Tensor) -> Iterator[Score]:

@@ -1,6 +1,7 @@
 """What a run says of itself: a line on the screen, metrics.jsonl, TensorBoard. Units are in the names."""
 
 import json
+import math
 import resource
 import time
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.config import Config
+from pretrain.errors import StorageError
 
 
 class Clock:
@@ -41,9 +43,15 @@ class Metrics:
         self.steps = config.training.steps
         self.folder = config.output
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
-        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+        try:
+            self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write metrics in {self.folder} ({error}): make space or mend the disk."
+            ) from None
         self._recent_s: list[float] = []
+        self._broken = False
 
     def describe(self, config: Config, facts: dict[str, Any]) -> None:
         """Keeps the resolved config, as a file and as TensorBoard's text card, and facts about the run beside it."""
@@ -54,15 +62,18 @@ class Metrics:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One optimizer step's values, by name."""
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        self._jsonl.flush()
-        self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with self._surviving_a_full_disk():
+            self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
+            self._jsonl.flush()
+        self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard alone."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._surviving_a_full_disk():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def line(self, step: int, values: dict[str, float]) -> str:
         """One step's values for a person, with the time that is left."""
@@ -75,9 +86,25 @@ class Metrics:
             f"{values['time/samples_per_s']:.0f} samples/s  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
         )
 
+    def flush(self) -> None:
+        """Makes what was said so far visible in TensorBoard, and safe from a kill."""
+        with self._surviving_a_full_disk():
+            self._board.flush()
+
     def close(self) -> None:
-        self._jsonl.close()
-        self._board.close()
+        with self._surviving_a_full_disk():
+            self._jsonl.close()
+            self._board.close()
+
+    @contextmanager
+    def _surviving_a_full_disk(self):
+        """A metric that cannot be written costs that metric, not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._broken:
+                print(f"Metrics can no longer be written in {self.folder} ({error}); training goes on.", flush=True)
+            self._broken = True
 
 
 def peak_memory_gib(device: torch.device) -> float:

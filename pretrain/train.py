@@ -56,9 +56,10 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
 
 
 def stop_on_signal(trainer: Trainer) -> None:
-    """SIGTERM, which a launcher and Slurm send, ends the run after the current step, saved."""
+    """Ctrl-C, and SIGTERM, which a launcher and Slurm send, end the run after the current step, saved."""
 
     def request(number: int, frame: object) -> None:
         trainer.stop_requested = True
 
     signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)

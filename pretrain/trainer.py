@@ -103,19 +103,20 @@ class Trainer:
             self.metrics = Metrics(self.config, self.step)
             self.metrics.describe(self.config, self._facts())
 
-        batches = self.data.batches(self.data_state)
-        while self.step < training.steps:
-            stop = self._train_step(batches)
-            last = self.step == training.steps
-            if self.heldout and not stop and (self.step % training.evaluate_every == 0 or last):
-                self._evaluate(self.heldout)
-            if self.step % checkpoint.every == 0 or last or stop:
-                self._save(must=last or stop)
-            if stop and not last:
-                raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
-
-        if self.metrics:
-            self.metrics.close()
+        try:
+            batches = self.data.batches(self.data_state)
+            while self.step < training.steps:
+                stop = self._train_step(batches)
+                last = self.step == training.steps
+                if self.heldout and not stop and (self.step % training.evaluate_every == 0 or last):
+                    self._evaluate(self.heldout)
+                if self.step % checkpoint.every == 0 or last or stop:
+                    self._save(must=last or stop)
+                if stop and not last:
+                    raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
+        finally:
+            if self.metrics:
+                self.metrics.close()
 
     def _train_step(self, batches: Iterator[Batch]) -> bool:
         """One optimizer step and its report. Returns whether any rank was told to stop."""
@@ -161,6 +162,10 @@ class Trainer:
         bad = [sample for batch in micro_batches for sample in batch.bad]
         sums = torch.tensor([ids, len(bad), self.stop_requested], device=self.mesh.device)
         total_id, total_bad, stop = self.mesh.sum(sums).tolist()
+        if total_bad:  # rare: every rank learns all of them, so that the one that prints can name them
+            bad = [sample for samples in self.mesh.gather_objects(bad) for sample in samples]
+            for sample in bad:
+                self._say(f"step {self.step}: replaced {sample.key} of shard {sample.shard}: {sample.reason}")
         self.bad_samples.add(bad, total_bad, self.config.training.global_batch)
         return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
 
@@ -188,7 +193,11 @@ class Trainer:
             )
 
     def _evaluate(self, heldout: HeldoutData) -> None:
-        """Losses, accuracies and retrieval on held-out data, by the forward pass of training."""
+        """Losses, accuracies and retrieval on held-out data, by the forward pass of training.
+
+        Retrieval counts each sample once. Losses and accuracies are means over whole micro-steps, of which the last
+        wraps around: `python -m pretrain evaluate` has the figures that depend on no layout.
+        """
         losses, counts, rows = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
         for batch in heldout.batches(
             self.data.micro_batch_per_rank, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size
@@ -229,6 +238,8 @@ class Trainer:
 
     def _save(self, must: bool) -> None:
         """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
+        if self.metrics:
+            self.metrics.flush()
         problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
         if problem is None:
             self.failed_saves = 0

@@ -9,7 +9,7 @@ from pretrain.errors import CheckpointError
 def check_same_run(run: dict[str, Any], config: Config, tokenizer: str, where: str) -> None:
     """Compares a checkpoint's `run.json` with the run that wants to go on from it.
 
-    Everything else may change: batch, layout, objectives' weights, learning rate, length.
+    Everything else may change: batch, layout, weights of objectives, learning rate, length.
 
     Args:
         run: what the checkpoint was saved with.
@@ -22,7 +22,10 @@ def check_same_run(run: dict[str, Any], config: Config, tokenizer: str, where: s
     """
     saved, here = run["config"], config.model_dump(mode="json")
     pairs = [("seed", saved["seed"], here["seed"])]
-    pairs += [(f"model.{key}", saved["model"][key], here["model"][key]) for key in saved["model"]]
+    pairs += [(f"model.{key}", saved["model"].get(key), value) for key, value in here["model"].items()]
+    for name, section in here["objectives"].items():  # a head more or less is another model
+        state = {True: "on", False: "off"}
+        pairs.append((f"objectives.{name}", state[bool(saved["objectives"].get(name))], state[bool(section)]))
     for key, old, new in pairs:
         if old != new:
             raise CheckpointError(

@@ -14,6 +14,7 @@ checkpoints/LATEST              a hint for people, never read
 Only safetensors and JSON: nothing here can run code when it is loaded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,10 +70,11 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
         return self.mesh.from_main(problem)
 
-    def newest_valid(self) -> Path | None:
+    def newest_valid(self, quarantine: bool = True) -> Path | None:
         """The newest checkpoint whose every byte is what was written, or None in a run that has none.
 
-        A bad one is moved to `quarantine/` with the reason, and the next is tried.
+        A bad one is moved to `quarantine/` with the reason, and the next is tried. A reader beside a live run does
+        not move anything: what it finds incomplete may just be going.
 
         Raises:
             CheckpointError: there are checkpoints, and none is valid. Never a silent fresh start.
@@ -82,13 +84,13 @@ class CheckpointStore:
             problem = self._verify(self.folder / name)
             if problem is None:
                 return self.folder / name
-            if self.mesh.is_main:
+            if self.mesh.is_main and quarantine:
                 self._quarantine(name, problem)
-        quarantine = self.folder / "quarantine"
-        if self.mesh.from_main(quarantine.is_dir()):  # also one that an earlier start filled
+        reasons = self.folder / "quarantine"
+        if names or self.mesh.from_main(reasons.is_dir()):  # also one that an earlier start filled
             raise CheckpointError(
-                f"No checkpoint in {self.folder} is valid: the reasons are in {quarantine}. Restore a checkpoint from "
-                f"a copy, or start a new run with another output folder."
+                f"No checkpoint in {self.folder} is valid: the reasons are in {reasons}. Restore a checkpoint from a "
+                f"copy, or start a new run with another output folder."
             )
         return None
 
@@ -128,11 +130,13 @@ class CheckpointStore:
             text = json.dumps(manifest, indent=1)
             _write_durably(temporary / "MANIFEST.json", text)
             _write_durably(temporary / "COMMIT", hashlib.sha256(text.encode()).hexdigest())
+            _fsync_folder(temporary)
             temporary.rename(final)
             _fsync_folder(self.folder)
-            _write_durably(self.folder / "LATEST", final.name)
         except OSError as error:
             return _in_words(error)
+        with contextlib.suppress(OSError):  # it is there already; the hint may be old
+            _write_durably(self.folder / "LATEST", final.name)
         for name in self._names()[: -self.keep]:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return None

@@ -24,7 +24,8 @@ class Align(nn.Module):
         self.image_project = nn.Linear(config.image.width, config.embed, bias=False)
         self.text_norm = nn.LayerNorm(config.text.width)
         self.text_project = nn.Linear(config.text.width, config.embed, bias=False)
-        self.log_scale = nn.Parameter(torch.empty(1))  # log of 1 / temperature; ZeRO takes no 0-dim parameter
+        # Log of 1 / temperature. ZeRO takes no 0-dim parameter. In bf16 it is rounded to about 1 %, its master not.
+        self.log_scale = nn.Parameter(torch.empty(1))
 
     def embed_image(self, image: Tensor) -> Tensor:
         """(B, P, D) image tokens -> (B, E) float32, unit length."""

@@ -34,7 +34,8 @@ class Flow(NamedTuple):
         """This flow with one objective's loss and counts added."""
         chosen = torch.tensor([name == objective for name in OBJECTIVES], device=loss.device)
         return self._replace(
-            losses=self.losses + chosen * loss.float(), counts=self.counts + chosen[:, None] * counts[None, :]
+            losses=torch.where(chosen, self.losses + loss.float(), self.losses),  # a product would spread an infinity
+            counts=self.counts + chosen[:, None] * counts[None, :],
         )
 
 

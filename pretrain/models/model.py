@@ -45,7 +45,7 @@ class VisionLanguageModel(nn.Module):
         flow = start_flow(masked_text=masked_text if self.masked else None, pad_id=self.pad_id, **batch)
         for layer in self.children():
             if self.recompute and isinstance(layer, Block) and torch.is_grad_enabled():
-                flow = checkpoint(layer, flow, use_reentrant=False)
+                flow = checkpoint(layer, flow, use_reentrant=False, preserve_rng_state=False)  # no layer draws
             else:
                 flow = layer(flow)
         return self.summarise(flow)

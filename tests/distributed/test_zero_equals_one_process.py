@@ -27,6 +27,11 @@ def test_the_reference_learns_and_is_clipped(reference):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_alone_equals_plain_pytorch(one_rank, reference, stage):
+    assert_same_curve(one_rank.run(engine_curve, tiny_config(engine__zero_stage=stage), STEPS)[0], reference)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_plain_pytorch(two_ranks, reference, stage):
     for curve in two_ranks.run(engine_curve, tiny_config(engine__zero_stage=stage), STEPS):
         assert_same_curve(curve, reference)

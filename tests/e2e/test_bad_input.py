@@ -1,6 +1,7 @@
 """Whatever is wrong with the input, the command line says it in one sentence, exits non-zero, and loses nothing."""
 
 import io
+import os
 import resource
 import shutil
 import tarfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from data_pipelines.tokenizer import train_sentencepiece
-from e2e.conftest import metrics, run, tiny_run, write_config
+from e2e.conftest import metrics, run, start, tiny_run, wait_for_step, write_config
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.parallel.mesh import Mesh
 
@@ -163,6 +164,29 @@ def test_a_diverging_run_stops_by_itself(config):
     assert "The last 3 steps, up to step" in result.err
     assert "lower optimizer.learning_rate" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_rank_that_meets_bad_data_alone_is_the_only_one_to_speak(own_corpus):
+    """A shard is cut after the run has begun: one rank reads into the hole, the other only loses its connection."""
+    config, shards = own_corpus
+    process = start("launch", "local", config.path, "--nproc", 2, "training.steps=9999", "data.window=1")
+    wait_for_step(process, config.output, 2)
+    for shard in shards.glob("*.tar"):
+        os.truncate(shard, 100_000)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    assert "00000.tar" in err
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(config):
+    """A file may not grow beyond 3 kB: neither metrics nor checkpoints fit."""
+    limit = (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    full = train(config, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert full.code == 4
+    assert full.err.splitlines()[-1].startswith("Step 6 could not be saved")  # above it, TensorBoard's own thread
+    assert "Metrics can no longer be written" in full.out
+    assert "Could not save step 4" in full.out
 
 
 def test_evaluating_what_is_no_run(tmp_path):

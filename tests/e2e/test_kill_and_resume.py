@@ -93,7 +93,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(never_killed, config):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 85, err
     stopped_at = metrics(config.output)[-1]["step"]
-    assert f"Told to stop: saved step {stopped_at}." in err
+    assert err.count(f"Told to stop: saved step {stopped_at}.") == 1
     again = run("launch", "local", config.path, "--nproc", 2, "checkpoint.resume=must")
     assert f"at step {stopped_at}." in again.out
     assert [digits(step) for step in metrics(config.output)] == [digits(step) for step in never_killed]

@@ -90,7 +90,12 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def started_pids(process: subprocess.Popen[str]) -> list[int]:
     """Wait until both ranks have started."""
     assert process.stdout is not None
-    return [int(re.findall(r"pid=(\d+)", process.stdout.readline())[0]) for _ in range(2)]
+    text = ""
+    while len(pids := re.findall(r"pid=(\d+)", text)) < 2:  # two ranks may write on one line
+        line = process.stdout.readline()
+        assert line, text
+        text += line
+    return [int(pid) for pid in pids]
 
 
 def is_running(pid: int) -> bool:
