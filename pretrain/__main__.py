@@ -57,11 +57,21 @@ def _leave(error: UserError) -> None:
     if path := os.environ.get(_EXIT_CODE_FILE):
         Path(path).write_text(str(error.exit_code))
     if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(2)  # the main rank met the same error, prints it and is followed down; or it did not
-    print(error, file=sys.stderr, flush=True)
+        time.sleep(2)  # the main rank goes first, if it met an error too
+    if _first_to_speak(path):
+        print(error, file=sys.stderr, flush=True)
     # Exit handlers end the data workers. A communication library that hangs in its own is not waited for.
     faulthandler.dump_traceback_later(20, exit=True)
     sys.exit(error.exit_code)
+
+
+def _first_to_speak(path: str | None) -> bool:
+    try:
+        if path:
+            Path(f"{path}.said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _exit_code_of_another_rank() -> int | None:
