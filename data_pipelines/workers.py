@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -26,7 +27,7 @@ from data_pipelines.errors import DataError, UserError
 PREFETCH_FACTOR = 4  # micro-batches a worker keeps ready
 
 
-class BatchDataset(Dataset[Batch | UserError]):
+class BatchDataset(Dataset[Batch | UserError], ABC):
     """Makes micro-batches by key. A user's error is returned, not raised: torch would bury it in a traceback."""
 
     def __getitem__(self, key: Any) -> Batch | UserError:
@@ -35,9 +36,9 @@ class BatchDataset(Dataset[Batch | UserError]):
         except UserError as error:
             return error
 
+    @abstractmethod
     def make(self, key: Any) -> Batch:
         """The micro-batch of one key."""
-        raise NotImplementedError
 
 
 def stream(dataset: BatchDataset, keys: Iterable[Any], workers: int) -> Iterator[Batch]:

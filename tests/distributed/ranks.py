@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from pretrain.parallel.mesh import Mesh, start_mesh
+from pretrain.parallel.mesh import start_mesh
 
 
 class Ranks:
@@ -77,6 +77,3 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((None, function(mesh, *arguments)))
         except Exception:
             pipe.send((traceback.format_exc(), None))
-
-
-__all__ = ["Mesh", "Ranks"]
