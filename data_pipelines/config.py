@@ -1,8 +1,9 @@
 """The `data:` section of a config, and the strict base that every section shares."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -11,11 +12,49 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class SourceConfig(Section):
+    """One source of a mixture: a manifest and how much of the run it makes up."""
+
+    manifest: Path
+    """Written by `python -m data_pipelines index`, `pack` or `demo`."""
+
+    weight: Weight | dict[Annotated[int, Field(ge=0)], Weight] | None = None
+    """Share of the samples, relative to the other sources' weights; or shares by the step from which they hold,
+    as in `{0: 3, 20000: 1}`. What was read before a change stays as it was."""
+
+    epochs: float | None = Field(None, ge=0)
+    """Instead of weights: how often this source is read in the time that the others are read `epochs` times."""
+
+
+class AugmentConfig(Section):
+    """What is done to a training image after the crop; every draw is keyed by the sample's position."""
+
+    rand_augment: tuple[Annotated[int, Field(ge=0, le=10)], Annotated[int, Field(ge=0, le=10)]] | None = None
+    """[operations, magnitude]: ALBEF's is [2, 7]. None of its ten operations changes what a caption says of colours."""
+
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Brightness, contrast and saturation are each scaled by a factor from 1 - this to 1 + this."""
+
+    gaussian_blur: float = Field(0.0, ge=0, le=1)
+    """Share of the images that are blurred, by a standard deviation of 0.1 to 2 pixels (at 224; SimCLR's)."""
+
+
+class CacheConfig(Section):
+    """A folder on a local disk where remote shards are kept; all processes of a node share it."""
+
+    folder: Path
+    limit_gib: float = Field(gt=0)
+    """The shards used longest ago are removed to stay below it."""
+
+
 class DataConfig(Section):
     """Which shards to read, and how one sample becomes tensors."""
 
-    train: Path
-    """Manifest of the training shards, written by `python -m data_pipelines index`, `pack` or `demo`."""
+    train: Path | dict[Annotated[str, Field(pattern=r"^[\w-]+$")], SourceConfig]
+    """A manifest; or a mixture, `{name: {manifest: ..., weight: ...}, ...}`, whose names key the order of the data."""
 
     heldout: Path | None = None
     """Manifest of the held-out shards; none means no evaluation while training."""
@@ -27,7 +66,15 @@ class DataConfig(Section):
     """Share of the image's area that a training crop covers, drawn uniformly between the two."""
 
     flip: bool = False
-    """Mirror half of the images. Off by default: captions that say left or right would become false."""
+    """Mirror half of the images, but none whose caption says left or right, which would become false."""
+
+    augment: AugmentConfig = AugmentConfig()
+
+    cache: CacheConfig | None = None
+    """Where remote shards are kept; without one, samples of remote shards are read by range requests."""
+
+    patience_s: float = Field(300, gt=0)
+    """How long a remote read is tried again before the run stops."""
 
     workers: int = Field(2, ge=0)
     """Decoding processes per rank; 0 decodes in the training process. Never changes the order."""
