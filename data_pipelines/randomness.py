@@ -23,6 +23,11 @@ class Purpose(IntEnum):
     AUGMENTATION = 2
     MASKING = 3
     SCENES = 4
+    MIXTURE = 5
+    CAPTION = 6
+    RESHARD = 7
+    SOURCE = 8
+    INSPECT = 9
 
 
 def raw(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:
