@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from data_pipelines.augment import Augmentation, centre_box
 from data_pipelines.batch import BadSample, Batch, Record
-from data_pipelines.decode import ChooseBox, decode_crop
+from data_pipelines.decode import decode_crop
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.masking import mask_words, num_masked_slots
 from data_pipelines.reader import Sample
@@ -27,6 +29,7 @@ class Assembler:
         text_length: Tokens of a caption (L), [CLS] and [SEP] included.
         mask_probability: Share of the pieces that masked language modelling hides.
         seed: Of the run; keys the masks, together with each sample's position.
+        augmentation: Of training images; without one, the central square is looked at as it is.
     """
 
     tokenizer: Tokenizer
@@ -34,6 +37,7 @@ class Assembler:
     text_length: int
     mask_probability: float
     seed: int
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if self.text_length < 3:
@@ -46,7 +50,7 @@ class Assembler:
         """Masked slots of a caption (K)."""
         return num_masked_slots(self.text_length, self.mask_probability)
 
-    def arrays(self, sample: Sample, position: int, choose_box: ChooseBox) -> dict[str, np.ndarray]:
+    def arrays(self, sample: Sample, position: int) -> dict[str, np.ndarray]:
         """One row of every tensor of a batch, by its field's name.
 
         Raises:
@@ -65,6 +69,9 @@ class Assembler:
             probability=self.mask_probability,
             num_slots=self.num_slots,
         )
+        choose_box = centre_box
+        if self.augmentation:
+            choose_box = partial(self.augmentation.box, position=position, caption=caption)
         pixels = decode_crop(sample.image, choose_box, self.image_size)
         return {
             "images": pixels.transpose(2, 0, 1),

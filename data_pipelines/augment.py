@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from data_pipelines.config import AugmentConfig
 from data_pipelines.randomness import Purpose, uniform
 
 _MAX_DISTORTION = 4 / 3  # of the crop's sides, as in the usual random-resized crop
+# Whatever begins with left or right, such as left-hand and rightmost. To pass over an image that is left alone in
+# another sense costs nothing; bright and upright are no sides.
+_SIDE = re.compile(r"(?<![^\W_])(?:top|bottom|upper|lower)?(?:left|right)|[左右]", re.IGNORECASE)
 
 
 class Box(NamedTuple):
@@ -18,6 +24,28 @@ class Box(NamedTuple):
     height: int
     width: int
     flip: bool = False
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied, each by its position alone.
+
+    Args:
+        crop_scale: Share of the image's area that a crop covers, from and to.
+        flip: Mirror half of the images whose captions name no side.
+        config: What is done to the crop.
+        seed: Of the run.
+    """
+
+    crop_scale: tuple[float, float]
+    flip: bool
+    config: AugmentConfig
+    seed: int
+
+    def box(self, height: int, width: int, *, position: int, caption: str) -> Box:
+        """The part of an image of `height` x `width` pixels that is looked at."""
+        box = random_box(height, width, scale=self.crop_scale, flip=self.flip, seed=self.seed, position=position)
+        return box._replace(flip=False) if box.flip and _SIDE.search(caption) else box
 
 
 def random_box(height: int, width: int, *, scale: tuple[float, float], flip: bool, seed: int, position: int) -> Box:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipelines.assemble import Assembler, collate
-from data_pipelines.augment import centre_box
 from data_pipelines.batch import Batch, Record
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError, SampleError
@@ -79,7 +78,7 @@ class _HeldoutBatches(BatchDataset):
             first = int(self._stops[shard - 1]) if shard else 0
             sample = self._reader.read(shard, position - first)
             try:
-                rows.append(self._assembler.arrays(sample, position, centre_box))
+                rows.append(self._assembler.arrays(sample, position))
                 if self._records:
                     records.append(Record(sample.key, sample.caption(), sample.metadata()))
             except SampleError as error:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from data_pipelines.assemble import Assembler, collate
-from data_pipelines.augment import random_box
+from data_pipelines.augment import Augmentation
 from data_pipelines.batch import BadSample, Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError, SampleError
@@ -71,11 +70,10 @@ class TrainingData:
         )
         self.micro_batch_per_rank = global_batch // (dp_size * accumulation)
         self._steps = Steps(self.order.grains_per_epoch, global_batch // config.grain, accumulation)
-        assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed)
+        augmentation = Augmentation(config.crop_scale, config.flip, config.augment, seed)
+        assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed, augmentation)
         grains = self.micro_batch_per_rank // config.grain
-        self._dataset = _TrainingBatches(
-            config, ShardReader(self.manifest), self.order, assembler, grains, dp_rank, dp_size
-        )
+        self._dataset = _TrainingBatches(ShardReader(self.manifest), self.order, assembler, grains, dp_rank, dp_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,7 +116,6 @@ class _TrainingBatches(BatchDataset):
 
     def __init__(
         self,
-        config: DataConfig,
         reader: ShardReader,
         order: Order,
         assembler: Assembler,
@@ -128,7 +125,6 @@ class _TrainingBatches(BatchDataset):
     ):
         self._reader, self._order, self._assembler = reader, order, assembler
         self._grains, self._dp_rank, self._dp_size = grains, dp_rank, dp_size
-        self._box = partial(random_box, scale=config.crop_scale, flip=config.flip, seed=order.seed)
 
     def make(self, key: tuple[int, int]) -> Batch:
         epoch, first = key
@@ -145,7 +141,7 @@ class _TrainingBatches(BatchDataset):
     def _row(self, place: tuple[int, int], position: int, bad: list[BadSample]) -> dict[str, Any] | None:
         sample = self._reader.read(*place)
         try:
-            return self._assembler.arrays(sample, position, partial(self._box, position=position))
+            return self._assembler.arrays(sample, position)
         except SampleError as error:
             bad.append(BadSample(sample.shard, sample.key, str(error)))
             return None

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import decode
-from data_pipelines.augment import Box, centre_box, random_box
+from data_pipelines.augment import Augmentation, Box, centre_box, random_box
+from data_pipelines.config import AugmentConfig
 from data_pipelines.decode import decode_crop
 from data_pipelines.errors import SampleError
 
@@ -138,6 +139,32 @@ def test_random_boxes_are_keyed_by_seed_and_position_and_cover_their_range():
     assert shares.mean() == pytest.approx(0.75, abs=0.01)
     assert np.mean([box.flip for box in boxes]) == pytest.approx(0.5, abs=0.05)
     assert not any(random_box(9, 9, scale=(0.5, 1), flip=False, seed=0, position=p).flip for p in range(50))
+
+
+SIDED = (
+    "A man on the LEFT.",
+    "two birds; right",
+    "a left-hand glove",
+    "the rightmost house",
+    "lefthand page",
+    "top_right",
+)
+SIDED += ("topleft corner", "左边有一只猫", "猫在右側")
+UNSIDED = ("a bright upright piano", "cleft copyright", "two birds", "一只猫", "")
+
+
+@pytest.mark.parametrize("caption", [*SIDED, *UNSIDED])
+def test_half_of_the_images_are_mirrored_but_none_whose_caption_names_a_side(caption: str):
+    augmentation = Augmentation((0.5, 1.0), True, AugmentConfig(), seed=0)
+    mirrored = [augmentation.box(90, 90, position=p, caption=caption).flip for p in range(2000)]
+    assert np.mean(mirrored) == (0 if caption in SIDED else pytest.approx(0.5, abs=0.05))
+
+
+def test_a_caption_changes_nothing_but_the_mirroring():
+    augmentation = Augmentation((0.5, 1.0), True, AugmentConfig(), seed=0)
+    for position in range(20):
+        sided, plain = (augmentation.box(90, 90, position=position, caption=c) for c in ("left", "centre"))
+        assert sided == plain._replace(flip=False)
 
 
 def test_the_evaluation_crop_is_the_central_square():
