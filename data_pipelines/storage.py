@@ -1,0 +1,546 @@
+"""Bytes of shards on disks, web servers and object stores: any range of a file, or an error that says why not.
+
+A location is a local path or a URL. A remote read is tried again until `patience_s` have passed without a new byte,
+and goes on from the byte where it was cut. What would make the bytes wrong is never tried again: a missing file,
+another size or version than before, a server that ignores ranges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import glob
+import os
+import re
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from data_pipelines.errors import DataError, cannot_open
+
+CHUNK = 8 << 20  # bytes of one request at most
+LISTING_PATIENCE_S = 30.0  # someone sits and waits for the command line
+_STALL_S = 30.0  # a request that brings nothing for so long is given up
+_DELAYS_S = (0.1, 30.0)  # before the second attempt, and at most
+_AGAIN = "restore it, or write the manifest again with `python -m data_pipelines index`"
+
+# Delays have to differ between ranks that met the same error, or all would come back at once. No data depends on them.
+_jitter = SystemRandom()
+
+# fsspec's event loop, and so its thread, starts with the first file system. A forked process makes its own: the loop
+# does not survive a fork, and clearing fsspec's own cache there would close the parent's connections.
+_filesystems: dict[tuple[int, str], Any] = {}
+
+T = TypeVar("T")
+
+
+class ByteSource(Protocol):
+    """An open file, read by any number of threads at once."""
+
+    size: int
+    version: str  # of a remote: its ETag or time of change; "" where nothing tells
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes from `offset` on, fewer than `size` only at the end of the file.
+
+        Raises:
+            DataError: They cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what is open."""
+        ...
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL, not a path."""
+    return re.match(r"[A-Za-z][\w+.-]*://", location) is not None
+
+
+def shown(location: str) -> str:
+    """A location as messages print it: without user, password and query, which may hold a signature."""
+    return _scrubbed(location) if is_remote(location) else location
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Files named by paths, URLs, folders (their *.tar), globs and braces such as `{00000..00099}.tar`, sorted.
+
+    A web server lists no files, so its are named one by one or by braces. Remote files that are named in full are not
+    looked for.
+
+    Raises:
+        DataError: A pattern matches nothing, or cannot be expanded.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            names = list(braceexpand(pattern))
+        except UnbalancedBracesError:
+            names = [pattern]
+        for name in names:
+            matches = _remote_matches(name) if is_remote(name) else _local_matches(name)
+            if not matches:
+                raise DataError(
+                    f"No shards at {shown(name)}: give tar files, a folder of them, or a pattern like 'a/*.tar'."
+                )
+            found.update(matches)
+    return sorted(found)
+
+
+def describe(location: str, *, patience_s: float = LISTING_PATIENCE_S) -> tuple[int, str]:
+    """Size in bytes and version of a file. The version is its ETag or time of change, or "" where it has neither.
+
+    Raises:
+        DataError: It is not there or cannot be read.
+    """
+    source = open_bytes(location, patience_s=patience_s)
+    source.close()
+    return source.size, source.version
+
+
+def open_bytes(location: str, *, patience_s: float, size: int | None = None, version: str = "") -> ByteSource:
+    """Opens a file.
+
+    Args:
+        location: Path or URL.
+        patience_s: How long a remote read is tried again after the last byte that came.
+        size: In bytes, where it is known; a remote is then asked for nothing before the first read.
+        version: As `describe` gave it; "" for any.
+
+    Raises:
+        DataError: It is not there, cannot be read, or is not of this size and version any more. A remote with a
+            given size raises that with the first read.
+    """
+    if is_remote(location):
+        kind = {"http": _HttpFile, "https": _HttpFile, "s3": _S3File, "s3a": _S3File}
+        return kind.get(urlsplit(location).scheme, _OtherFile)(location, size, version, patience_s)
+    try:
+        descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise _missing(location) from None
+    except OSError as error:
+        raise cannot_open(f"Shard {location}", error) from None
+    source = LocalFile(descriptor, location)
+    if size is not None and source.size != size:
+        source.close()
+        raise _changed(location, (source.size, ""), (size, ""))
+    return source
+
+
+class LocalFile:
+    """A file on a disk.
+
+    Args:
+        descriptor: Open for reading; closed by `close`, or here on an error.
+        location: Its path, for messages.
+
+    Raises:
+        DataError: It is a folder.
+    """
+
+    version = ""
+
+    def __init__(self, descriptor: int, location: str):
+        self._descriptor, self._location = descriptor, location
+        status = os.fstat(descriptor)
+        self.size = status.st_size
+        if stat.S_ISDIR(status.st_mode):
+            self.close()
+            raise cannot_open(f"Shard {location}", IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+
+    def read(self, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor, size, offset)
+            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+                data += more  # Linux reads at most 2 GiB at once
+        except OSError as error:
+            raise DataError(
+                f"Shard {self._location} cannot be read at byte {offset:,} ({error.strerror}): "
+                f"see that its disk answers."
+            ) from None
+        return data
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _TransientError(Exception):
+    """A read went wrong in a way that may pass."""
+
+    def __init__(self, what: str, retry_after_s: float = 0.0):
+        super().__init__(what)
+        self.retry_after_s = retry_after_s
+
+
+class _Patience:
+    """Waits ever longer between attempts, and gives up in the end."""
+
+    def __init__(self, location: str, limit_s: float):
+        self._location, self._limit_s = location, limit_s
+        self.renew()
+
+    def renew(self) -> None:
+        """There was progress."""
+        self._since, self._attempts = time.monotonic(), 0
+
+    def wait(self, trouble: _TransientError, action: str) -> None:
+        """Raises DataError once the patience is used up."""
+        self._attempts += 1
+        waited_s = time.monotonic() - self._since
+        if waited_s >= self._limit_s:
+            raise DataError(
+                f"Shard {shown(self._location)} cannot be {action}: {self._attempts} attempts in {waited_s:.0f} s, "
+                f"the last one: {trouble}. See that its server can be reached; data.patience_s is how long a read is "
+                f"tried again."
+            )
+        first_s, most_s = _DELAYS_S
+        delay_s = min(first_s * 2.0 ** min(self._attempts - 1, 20), most_s) * _jitter.uniform(0.5, 1)
+        time.sleep(min(max(delay_s, trouble.retry_after_s), self._limit_s - waited_s))
+
+
+class _RemoteFile:
+    """What all remotes share: attempts, patience, and the size and version that have to stay."""
+
+    def __init__(self, location: str, size: int | None, version: str, patience_s: float):
+        self._location, self._patience_s = location, patience_s
+        self._stall_s = min(_STALL_S, patience_s / 4)  # so that patience is long enough for several attempts
+        self.size, self.version = -1 if size is None else size, version
+        if size is None:
+            _patiently(location, patience_s, "opened", self._identify)
+
+    def read(self, offset: int, size: int) -> bytes:
+        stop = min(offset + size, self.size)
+        found = bytearray()
+        patience = _Patience(self._location, self._patience_s)
+        while (start := offset + len(found)) < stop:
+            try:
+                self._fetch(start, min(start + CHUNK, stop), found)
+                patience.renew()
+            except _TransientError as trouble:
+                if offset + len(found) > start:
+                    patience.renew()
+                patience.wait(trouble, f"read at byte {offset + len(found):,}")
+        return bytes(found)
+
+    def close(self) -> None:
+        pass  # connections belong to the process, not to a file
+
+    def _identify(self) -> None:
+        """Finds size and version."""
+        raise NotImplementedError
+
+    def _fetch(self, start: int, stop: int, found: bytearray) -> None:
+        """Appends bytes of [start, stop), in order and at least one, or raises _TransientError after what came."""
+        raise NotImplementedError
+
+    def _compare(self, size: int, version: str) -> None:
+        if self.size not in (-1, size) or (self.version and version and self.version != version):
+            raise _changed(self._location, (size, version), (self.size, self.version))
+        self.size, self.version = size, self.version or version
+
+
+class _RangedFile(_RemoteFile):
+    """A remote that answers range requests over HTTP; each answer tells the size and the version it is of."""
+
+    def _identify(self) -> None:
+        self._fetch(0, 1, bytearray())
+
+    def _fetch(self, start: int, stop: int, found: bytearray) -> None:
+        from fsspec.asyn import sync
+
+        filesystem, path = _filesystem(self._location)
+        sync(filesystem.loop, self._fetch_within_time, filesystem, path, start, stop, found)
+
+    async def _fetch_within_time(self, filesystem: Any, path: str, start: int, stop: int, found: bytearray) -> None:
+        clock = asyncio.get_running_loop().time
+        before, expected = len(found), -1
+        pieces = self._pieces(filesystem, path, start, stop)
+        try:
+            async with asyncio.timeout(self._stall_s) as limit:
+                async for expected, piece in pieces:
+                    if len(found) + len(piece) > before + expected:
+                        del found[before:]  # no telling which of these bytes are the right ones
+                        raise _TransientError(f"more than the {expected:,} bytes that were asked for came")
+                    found += piece
+                    limit.reschedule(clock() + self._stall_s)
+        except TimeoutError:
+            raise _TransientError(f"nothing came for {self._stall_s:.0f} s") from None
+        finally:
+            await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+        if len(found) < before + expected:
+            raise _TransientError(f"the connection ended after {len(found) - before:,} of {expected:,} bytes")
+
+    def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
+        """The length of the answer with each piece of it."""
+        raise NotImplementedError
+
+    def _judge(self, status: int, headers: Mapping[str, str], start: int, stop: int, what: str = "") -> int:
+        """The number of bytes that follow. Raises unless they are those from `start` on, of the file as it was."""
+        if status == 206:
+            given = headers.get("Content-Range", "")
+            match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
+            first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
+            if not first == start <= last < stop:
+                raise _TransientError(
+                    f"asked for bytes {start}-{stop - 1}, the server sent {given or 'an unnamed range'}"
+                )
+            self._compare(size, (headers.get("ETag") or headers.get("Last-Modified", "")).replace('"', ""))
+            length = headers.get("Content-Length", "")
+            if length.isdecimal() and int(length) != last + 1 - first:
+                raise _TransientError(f"the server announced {int(length):,} bytes for the range {given}")
+            return last + 1 - first
+        if status == 200:
+            raise DataError(
+                f"Shard {shown(self._location)} cannot be read in parts, because its server ignores range requests: "
+                f"use another server, or copy the shards to a disk."
+            )
+        if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", headers.get("Content-Range", ""))):
+            self._compare(int(match[1]), self.version)
+            raise DataError(f"Shard {shown(self._location)} is empty: {_AGAIN}.")
+        raise _refused(self._location, status, headers, what)
+
+
+class _HttpFile(_RangedFile):
+    """A file of a web server."""
+
+    async def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
+        import aiohttp
+
+        headers = {
+            **filesystem.kwargs.get("headers", {}),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",  # ranges of a compressed file are other bytes
+        }
+        options = {**filesystem.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout()}
+        try:
+            session = await filesystem.set_session()
+            async with session.get(filesystem.encode_url(path), **options) as answer:
+                length = self._judge(answer.status, answer.headers, start, stop)
+                async for piece in answer.content.iter_any():
+                    yield length, piece
+        except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError) as error:
+            raise DataError(
+                f"Shard {shown(self._location)} cannot be opened ({_scrubbed(str(error))}): mend the URL or the "
+                f"server's certificate."
+            ) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _transient(error) from None
+
+
+class _S3File(_RangedFile):
+    """An object of S3, or of a store that speaks its language."""
+
+    async def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
+        bucket, key, _ = filesystem.split_path(path)
+        body = None
+        try:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+            body = answer["Body"]
+            meta = answer["ResponseMetadata"]
+            length = self._judge(meta["HTTPStatusCode"], _titled(meta["HTTPHeaders"]), start, stop)
+            while piece := await body.read(1 << 20):
+                yield length, piece
+        except (DataError, _TransientError):
+            raise
+        except Exception as error:
+            if answer := _s3_answer(error):
+                self._judge(*answer, start, stop, str(error))
+            raise _explained(self._location, error) from None
+        finally:
+            if body is not None:
+                body.close()
+
+
+class _OtherFile(_RemoteFile):
+    """A file of whatever else fsspec knows. Only opening it tells whether it has changed."""
+
+    def __init__(self, location: str, size: int | None, version: str, patience_s: float):
+        super().__init__(location, None, "", patience_s)
+        if (size is not None and size != self.size) or (version and self.version and version != self.version):
+            raise _changed(location, (self.size, self.version), (self.size if size is None else size, version))
+
+    def _identify(self) -> None:
+        filesystem, path = _filesystem(self._location)
+        try:
+            filesystem.invalidate_cache()
+            about = filesystem.info(path)
+        except Exception as error:
+            raise _explained(self._location, error) from None
+        names = ("ETag", "etag", "generation", "mtime", "last_modified", "created")
+        self.size = int(about["size"])
+        self.version = next((str(about[name]).replace('"', "") for name in names if about.get(name)), "")
+
+    def _fetch(self, start: int, stop: int, found: bytearray) -> None:
+        filesystem, path = _filesystem(self._location)
+        try:
+            data = filesystem.cat_file(path, start=start, end=stop)
+        except Exception as error:
+            raise _explained(self._location, error) from None
+        if not 0 < len(data) <= stop - start:
+            raise _TransientError(f"{len(data):,} bytes came for {stop - start:,}")
+        found += data
+
+
+def _patiently(location: str, patience_s: float, action: str, attempt: Callable[[], T]) -> T:
+    patience = _Patience(location, patience_s)
+    while True:
+        try:
+            return attempt()
+        except _TransientError as trouble:
+            patience.wait(trouble, action)
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    """This process's file system of a location, and the location's name in it."""
+    scheme, host = urlsplit(location)[:2]
+    key = os.getpid(), f"{scheme}://{host}"
+    filesystem = _filesystems.get(key)
+    if filesystem is None:
+        from fsspec.core import url_to_fs
+
+        options = {"http": _http_options, "https": _http_options, "s3": _s3_options, "s3a": _s3_options}
+        try:
+            made, _ = url_to_fs(location, skip_instance_cache=True, **options.get(scheme, dict)())
+        except ImportError as error:
+            raise DataError(
+                f"Reading {shown(location)} needs more packages ({error}): `pip install "
+                f"'vlm-pretraining-toolkit[remote]'` brings those for https, s3 and gs."
+            ) from None
+        except ValueError as error:
+            raise DataError(
+                f"{shown(location)} cannot be opened ({_scrubbed(str(error))}): use a path or a URL that fsspec knows, "
+                f"such as https://, s3:// or gs://."
+            ) from None
+        if scheme in ("s3", "s3a"):
+            made.retries = 1
+        filesystem = _filesystems.setdefault(key, made)
+    return filesystem, filesystem._strip_protocol(location)
+
+
+def _http_options() -> dict[str, Any]:
+    async def client(**options: Any) -> Any:
+        import aiohttp
+
+        return aiohttp.ClientSession(trust_env=True, **options)  # proxies and .netrc
+
+    return {"get_client": client}
+
+
+def _s3_options() -> dict[str, Any]:
+    from fsspec.config import conf
+
+    # One attempt at a time: the patience is ours.
+    return {"config_kwargs": {**conf.get("s3", {}).get("config_kwargs", {}), "retries": {"total_max_attempts": 1}}}
+
+
+def _local_matches(name: str) -> list[str]:
+    if Path(name).is_dir():
+        matches = [str(path) for path in Path(name).glob("*.tar")]
+    else:
+        matches = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
+    return [os.path.abspath(match) for match in matches]  # noqa: PTH100
+
+
+def _remote_matches(name: str) -> list[str]:
+    is_pattern = glob.has_magic(name)
+    if urlsplit(name).scheme in ("http", "https"):
+        if name.endswith("/") or re.search(r"[*\[]", urlsplit(name).path):
+            raise DataError(
+                f"{shown(name)} cannot be listed, because web servers list no files: name each shard, or use braces "
+                f"as in https://host/{{00000..00099}}.tar."
+            )
+        return [name]
+    if name.endswith(".tar") and not is_pattern:
+        return [name]
+    filesystem, path = _filesystem(name)
+    prefix = name.rstrip("/").removesuffix(path)
+
+    def matches() -> list[str]:
+        filesystem.invalidate_cache()
+        try:
+            if filesystem.isfile(path):
+                return [path]
+            return filesystem.glob(path if is_pattern else f"{path}/*.tar")
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise _explained(name, error) from None
+
+    return [prefix + match for match in _patiently(name, LISTING_PATIENCE_S, "listed", matches)]
+
+
+def _s3_answer(error: Exception) -> tuple[int, Mapping[str, str]] | None:
+    answer = getattr(error.__cause__ or error, "response", None)  # of botocore's ClientError
+    if not isinstance(answer, dict):
+        return None
+    meta = answer["ResponseMetadata"]
+    return meta["HTTPStatusCode"], _titled(meta.get("HTTPHeaders", {}))
+
+
+def _titled(headers: Mapping[str, str]) -> dict[str, str]:
+    names = {"etag": "ETag"}
+    return {names.get(name, name.title()): value for name, value in headers.items()}
+
+
+def _explained(location: str, error: Exception) -> Exception:
+    """The error to raise for one of a file system."""
+    if answer := _s3_answer(error):
+        return _refused(location, *answer, str(error))
+    if isinstance(error, FileNotFoundError):
+        return _missing(location)
+    if isinstance(error, PermissionError):
+        return _refused(location, 403, {}, str(error))
+    if type(error).__name__ == "NoCredentialsError":
+        return DataError(
+            f"Shard {shown(location)} needs credentials ({error}): set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            f"AWS_SECRET_ACCESS_KEY; for a public bucket, FSSPEC_S3_ANON=true."
+        )
+    return _transient(error)
+
+
+def _transient(error: Exception) -> _TransientError:
+    return _TransientError(f"{type(error).__name__} ({_scrubbed(str(error))})")
+
+
+def _refused(location: str, status: int, headers: Mapping[str, str], what: str = "") -> Exception:
+    """The error to raise for an answer that brings no bytes."""
+    answer = f"the server answered {status}{', ' if what else ''}{_scrubbed(what)}"
+    if status in (408, 425, 429) or status >= 500:
+        wait = headers.get("Retry-After", "")
+        return _TransientError(answer, float(wait) if wait.isdecimal() else 0.0)
+    if status in (404, 410):
+        return _missing(location, f" ({answer})")
+    if status in (401, 403):
+        return DataError(
+            f"Shard {shown(location)} may not be read ({answer}): see that the credentials are set and have not "
+            f"expired, and that the name is right."
+        )
+    return DataError(f"Shard {shown(location)} cannot be read ({answer}): see that its URL is right.")
+
+
+def _missing(location: str, answer: str = "") -> DataError:
+    return DataError(
+        f"Shard {shown(location)} cannot be found{answer}: put it back, or write the manifest again with "
+        f"`python -m data_pipelines index`."
+    )
+
+
+def _changed(location: str, found: tuple[int, str], known: tuple[int, str]) -> DataError:
+    is_now, was = (f"{size:,} bytes{version and f' (version {version})'}" for size, version in (found, known))
+    return DataError(
+        f"Shard {shown(location)} has changed: it has {is_now} but had {was} when it was indexed; {_AGAIN}."
+    )
+
+
+def _scrubbed(text: str) -> str:
+    text = re.sub(r"//[^/\s]*@", "//", text)
+    return re.sub(r"\?[^\s'\"<>)]*", "?...", text)
