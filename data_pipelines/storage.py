@@ -7,7 +7,6 @@ another size or version than before, a server that ignores ranges.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import glob
 import os
@@ -15,12 +14,14 @@ import re
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from data_pipelines.errors import DataError, cannot_open
 
@@ -82,7 +83,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         try:
             names = list(braceexpand(pattern))
-        except UnbalancedBracesError:
+        except ValueError:  # braces that do not pair
             names = [pattern]
         for name in names:
             matches = _remote_matches(name) if is_remote(name) else _local_matches(name)
@@ -181,6 +182,16 @@ class _TransientError(Exception):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a server says before the bytes, and the bytes."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]  # names in lower case
+    pieces: AsyncIterator[bytes] | None = None
+
+
 class _Patience:
     """Waits ever longer between attempts, and gives up in the end."""
 
@@ -258,75 +269,82 @@ class _RangedFile(_RemoteFile):
         from fsspec.asyn import sync
 
         filesystem, path = _filesystem(self._location)
-        sync(filesystem.loop, self._fetch_within_time, filesystem, path, start, stop, found)
+        sync(filesystem.loop, self._exchange, filesystem, path, start, stop, found)
 
-    async def _fetch_within_time(self, filesystem: Any, path: str, start: int, stop: int, found: bytearray) -> None:
-        clock = asyncio.get_running_loop().time
-        before, expected = len(found), -1
-        pieces = self._pieces(filesystem, path, start, stop)
+    async def _exchange(self, filesystem: Any, path: str, start: int, stop: int, found: bytearray) -> None:
+        import asyncio
+
+        before, clock = len(found), asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(self._stall_s) as limit:
-                async for expected, piece in pieces:
-                    if len(found) + len(piece) > before + expected:
+            async with (
+                asyncio.timeout(self._stall_s) as limit,
+                self._answer(filesystem, path, f"bytes={start}-{stop - 1}") as answer,
+            ):
+                after = before + self._judge(answer, start, stop)
+                assert answer.pieces
+                async for piece in answer.pieces:
+                    if len(found) + len(piece) > after:
                         del found[before:]  # no telling which of these bytes are the right ones
-                        raise _TransientError(f"more than the {expected:,} bytes that were asked for came")
+                        raise _TransientError(f"more than the {after - before:,} bytes that the server announced came")
                     found += piece
                     limit.reschedule(clock() + self._stall_s)
         except TimeoutError:
             raise _TransientError(f"nothing came for {self._stall_s:.0f} s") from None
-        finally:
-            await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
-        if len(found) < before + expected:
-            raise _TransientError(f"the connection ended after {len(found) - before:,} of {expected:,} bytes")
+        if len(found) < after:
+            raise _TransientError(f"the connection ended after {len(found) - before:,} of {after - before:,} bytes")
 
-    def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
-        """The length of the answer with each piece of it."""
+    def _answer(self, filesystem: Any, path: str, byte_range: str) -> AbstractAsyncContextManager[_Answer]:
+        """Asks for a range."""
         raise NotImplementedError
 
-    def _judge(self, status: int, headers: Mapping[str, str], start: int, stop: int, what: str = "") -> int:
+    def _judge(self, answer: _Answer, start: int, stop: int) -> int:
         """The number of bytes that follow. Raises unless they are those from `start` on, of the file as it was."""
-        if status == 206:
-            given = headers.get("Content-Range", "")
+        given = answer.headers.get("content-range", "")
+        if answer.status == 206:
             match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", given)
             first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
             if not first == start <= last < stop:
-                raise _TransientError(
-                    f"asked for bytes {start}-{stop - 1}, the server sent {given or 'an unnamed range'}"
-                )
-            self._compare(size, (headers.get("ETag") or headers.get("Last-Modified", "")).replace('"', ""))
-            length = headers.get("Content-Length", "")
+                raise _TransientError(f"the server sent {given or 'an unnamed range'} for bytes {start}-{stop - 1}")
+            self._compare(
+                size, (answer.headers.get("etag") or answer.headers.get("last-modified", "")).replace('"', "")
+            )
+            length = answer.headers.get("content-length", "")
             if length.isdecimal() and int(length) != last + 1 - first:
-                raise _TransientError(f"the server announced {int(length):,} bytes for the range {given}")
+                raise _TransientError(f"the server announced {int(length):,} bytes for {given}")
             return last + 1 - first
-        if status == 200:
+        if answer.status == 200:
             raise DataError(
                 f"Shard {shown(self._location)} cannot be read in parts, because its server ignores range requests: "
                 f"use another server, or copy the shards to a disk."
             )
-        if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", headers.get("Content-Range", ""))):
-            self._compare(int(match[1]), self.version)
-            raise DataError(f"Shard {shown(self._location)} is empty: {_AGAIN}.")
-        raise _refused(self._location, status, headers, what)
+        if answer.status == 416:  # there is no such byte
+            if self.size < 0:
+                raise DataError(f"Shard {shown(self._location)} is empty: make it again, or leave it out.")
+            raise DataError(
+                f"Shard {shown(self._location)} has changed: it ends before byte {start:,} but had {self.size:,} bytes "
+                f"when it was indexed; {_AGAIN}."
+            )
+        raise _refused(self._location, answer)
 
 
 class _HttpFile(_RangedFile):
     """A file of a web server."""
 
-    async def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
+    @asynccontextmanager
+    async def _answer(self, filesystem: Any, path: str, byte_range: str) -> AsyncIterator[_Answer]:
         import aiohttp
 
         headers = {
             **filesystem.kwargs.get("headers", {}),
-            "Range": f"bytes={start}-{stop - 1}",
+            "Range": byte_range,
             "Accept-Encoding": "identity",  # ranges of a compressed file are other bytes
         }
         options = {**filesystem.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout()}
         try:
             session = await filesystem.set_session()
             async with session.get(filesystem.encode_url(path), **options) as answer:
-                length = self._judge(answer.status, answer.headers, start, stop)
-                async for piece in answer.content.iter_any():
-                    yield length, piece
+                found = {name.lower(): value for name, value in answer.headers.items()}
+                yield _Answer(answer.status, answer.reason or "", found, answer.content.iter_any())
         except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError) as error:
             raise DataError(
                 f"Shard {shown(self._location)} cannot be opened ({_scrubbed(str(error))}): mend the URL or the "
@@ -339,25 +357,25 @@ class _HttpFile(_RangedFile):
 class _S3File(_RangedFile):
     """An object of S3, or of a store that speaks its language."""
 
-    async def _pieces(self, filesystem: Any, path: str, start: int, stop: int) -> AsyncIterator[tuple[int, bytes]]:
+    @asynccontextmanager
+    async def _answer(self, filesystem: Any, path: str, byte_range: str) -> AsyncIterator[_Answer]:
         bucket, key, _ = filesystem.split_path(path)
-        body = None
         try:
-            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
-            body = answer["Body"]
-            meta = answer["ResponseMetadata"]
-            length = self._judge(meta["HTTPStatusCode"], _titled(meta["HTTPHeaders"]), start, stop)
-            while piece := await body.read(1 << 20):
-                yield length, piece
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=byte_range)
+        except Exception as error:
+            if not (refusal := _s3_refusal(error)):
+                raise _explained(self._location, error) from None
+            yield refusal
+            return
+        body, about = answer["Body"], answer["ResponseMetadata"]
+        try:
+            yield _Answer(about["HTTPStatusCode"], "", about["HTTPHeaders"], body.iter_chunks(1 << 20))
         except (DataError, _TransientError):
             raise
         except Exception as error:
-            if answer := _s3_answer(error):
-                self._judge(*answer, start, stop, str(error))
             raise _explained(self._location, error) from None
         finally:
-            if body is not None:
-                body.close()
+            body.close()
 
 
 class _OtherFile(_RemoteFile):
@@ -430,7 +448,8 @@ def _http_options() -> dict[str, Any]:
     async def client(**options: Any) -> Any:
         import aiohttp
 
-        return aiohttp.ClientSession(trust_env=True, **options)  # proxies and .netrc
+        # Proxies and .netrc from the environment; ranges are those of the file as it is stored.
+        return aiohttp.ClientSession(trust_env=True, auto_decompress=False, **options)
 
     return {"get_client": client}
 
@@ -478,27 +497,22 @@ def _remote_matches(name: str) -> list[str]:
     return [prefix + match for match in _patiently(name, LISTING_PATIENCE_S, "listed", matches)]
 
 
-def _s3_answer(error: Exception) -> tuple[int, Mapping[str, str]] | None:
+def _s3_refusal(error: Exception) -> _Answer | None:
     answer = getattr(error.__cause__ or error, "response", None)  # of botocore's ClientError
     if not isinstance(answer, dict):
         return None
-    meta = answer["ResponseMetadata"]
-    return meta["HTTPStatusCode"], _titled(meta.get("HTTPHeaders", {}))
-
-
-def _titled(headers: Mapping[str, str]) -> dict[str, str]:
-    names = {"etag": "ETag"}
-    return {names.get(name, name.title()): value for name, value in headers.items()}
+    about = answer["ResponseMetadata"]
+    return _Answer(about["HTTPStatusCode"], answer["Error"].get("Message", ""), about.get("HTTPHeaders", {}))
 
 
 def _explained(location: str, error: Exception) -> Exception:
     """The error to raise for one of a file system."""
-    if answer := _s3_answer(error):
-        return _refused(location, *answer, str(error))
+    if refusal := _s3_refusal(error):
+        return _refused(location, refusal)
     if isinstance(error, FileNotFoundError):
         return _missing(location)
     if isinstance(error, PermissionError):
-        return _refused(location, 403, {}, str(error))
+        return _refused(location, _Answer(403, str(error), {}))
     if type(error).__name__ == "NoCredentialsError":
         return DataError(
             f"Shard {shown(location)} needs credentials ({error}): set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
@@ -511,20 +525,20 @@ def _transient(error: Exception) -> _TransientError:
     return _TransientError(f"{type(error).__name__} ({_scrubbed(str(error))})")
 
 
-def _refused(location: str, status: int, headers: Mapping[str, str], what: str = "") -> Exception:
+def _refused(location: str, answer: _Answer) -> Exception:
     """The error to raise for an answer that brings no bytes."""
-    answer = f"the server answered {status}{', ' if what else ''}{_scrubbed(what)}"
-    if status in (408, 425, 429) or status >= 500:
-        wait = headers.get("Retry-After", "")
-        return _TransientError(answer, float(wait) if wait.isdecimal() else 0.0)
-    if status in (404, 410):
-        return _missing(location, f" ({answer})")
-    if status in (401, 403):
+    said = f"the server answered {answer.status} {_scrubbed(answer.reason)}".rstrip()
+    if answer.status in (408, 425, 429) or answer.status >= 500:
+        wait = answer.headers.get("retry-after", "")
+        return _TransientError(said, float(wait) if wait.isdecimal() else 0.0)
+    if answer.status in (404, 410):
+        return _missing(location, f" ({said})")
+    if answer.status in (401, 403):
         return DataError(
-            f"Shard {shown(location)} may not be read ({answer}): see that the credentials are set and have not "
+            f"Shard {shown(location)} may not be read ({said}): see that the credentials are set and have not "
             f"expired, and that the name is right."
         )
-    return DataError(f"Shard {shown(location)} cannot be read ({answer}): see that its URL is right.")
+    return DataError(f"Shard {shown(location)} cannot be read ({said}): see that its URL is right.")
 
 
 def _missing(location: str, answer: str = "") -> DataError:
