@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import DataError, UserError
 
 _CONSOLE = Console(stderr=True)
 
@@ -57,23 +58,78 @@ def _pack(options: argparse.Namespace) -> None:
         )
     shards = len(packed.manifest.shards)
     print(f"{options.out / 'manifest.json'}: {packed.good:,} samples in {shards:,} shards")
-    _print_reasons(packed.rejected, "rejected rows", options.out / "rejected.jsonl")
+    _print_reasons(packed.rejected, f"rejected rows, listed in {options.out / 'rejected.jsonl'}")
 
 
 def _index(options: argparse.Namespace) -> None:
-    from data_pipelines.index import build_manifest, expand_shards
+    from data_pipelines.index import build_manifest, count_from_stats
+    from data_pipelines.storage import expand
 
-    shards = expand_shards(options.shards)
-    with _progress("reading headers", len(shards), "shards") as advance:
-        manifest, dropped = build_manifest(shards, options.output, on_shard=lambda shard: advance())
-    manifest.save(options.output)
+    shards = expand(options.shards)
+    listing = options.output.with_name(f"{options.output.stem}.dropped.jsonl")
+    listing.unlink(missing_ok=True)
+    if options.trust_stats:
+        with _progress("reading counts", len(shards), "shards") as advance:
+            manifest = count_from_stats(shards, options.output, on_shard=advance)
+        manifest.save()
+        print(f"{options.output}: {manifest.samples:,} samples in {len(shards):,} shards, as their makers counted")
+        return
+    with _progress("reading shards", len(shards), "shards") as advance:
+        manifest, report = build_manifest(
+            shards,
+            options.output,
+            filters=_filters(options),
+            checksums=options.checksums,
+            processes=options.processes,
+            on_shard=advance,
+        )
+    manifest.save()
     print(f"{options.output}: {manifest.samples:,} samples in {len(shards):,} shards")
-    report = options.output.with_name(f"{options.output.stem}.dropped.jsonl")
-    report.unlink(missing_ok=True)
-    if dropped:
-        lines = (json.dumps({"shard": drop.shard, "key": drop.key, "reason": drop.reason}) for drop in dropped)
-        report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    _print_reasons(Counter(drop.reason for drop in dropped), "samples left out", report)
+    if report.reused:
+        print(f"{report.reused:,} of these shards had been scanned before")
+    if report.faults:
+        lines = (json.dumps(asdict(drop), ensure_ascii=False) for drop in report.faults)
+        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        _print_reasons(Counter(drop.reason for drop in report.faults), f"samples with a fault, listed in {listing}")
+    _print_reasons(report.filtered, "samples filtered out")
+
+
+def _filters(options: argparse.Namespace):
+    from data_pipelines.filters import Filters
+
+    language, score = options.language, options.min_score
+    return Filters(
+        min_size=options.min_size,
+        max_aspect=options.max_aspect,
+        caption_characters=options.caption_characters,
+        language=(language[0], frozenset(language[1].split(","))) if language else None,
+        min_score=(score[0], _number(score[1])) if score else None,
+        uids=options.uids,
+        unique=frozenset(options.unique),
+        exclude=options.exclude,
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"write FIELD=VALUE, not {text!r}")
+    return name, value
+
+
+def _range(text: str) -> tuple[int, int]:
+    fewest, colon, most = text.partition(":")
+    try:
+        return int(fewest or 0), int(most or sys.maxsize) if colon else int(fewest)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write FEWEST:MOST, as in 5:1000, not {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"--min-score {text} is no number: write FIELD=NUMBER, such as similarity=0.28.") from None
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
@@ -95,9 +151,9 @@ def _tokenizer(options: argparse.Namespace) -> None:
         print(f"{options.export}: the same as a Hugging Face tokenizer")
 
 
-def _print_reasons(reasons: Counter[str], title: str, report: Path) -> None:
+def _print_reasons(reasons: Counter[str], title: str) -> None:
     if reasons:
-        _CONSOLE.print(f"{title}, listed in {report}:", soft_wrap=True, highlight=False)
+        _CONSOLE.print(f"{title}:", soft_wrap=True, highlight=False)
         table = Table()
         table.add_column("reason")
         table.add_column("count", justify="right")
@@ -153,10 +209,33 @@ def _parser() -> argparse.ArgumentParser:
         "index", formatter_class=plain, help="write the manifest of existing shards (from img2dataset, say)"
     )
     index.description = (
-        "Reads the headers of every shard once, leaves out samples without an image or a caption, and says which."
+        "Reads the headers of every shard once, leaves out samples without an image or a caption, and says which. "
+        "Filters read whole samples. What was read is kept in a folder beside the manifest, so that a second run, "
+        "after an interruption or with other thresholds, takes seconds."
     )
-    index.add_argument("shards", nargs="+", metavar="SHARDS", help="files, folders, globs, or 'a/{00000..00099}.tar'")
+    index.add_argument(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="files, folders, globs, 'a/{00000..00099}.tar', https://, s3://, gs://",
+    )
     index.add_argument("-o", "--output", type=Path, required=True, help="manifest to write, such as manifest.json")
+    index.add_argument("--processes", type=int, help="scanning at the same time; by default one a core")
+    index.add_argument("--checksums", action="store_true", help="keep each shard's SHA-256, for `verify` and caches")
+    index.add_argument(
+        "--trust-stats", action="store_true", help="take counts from img2dataset's _stats.json or parquet; read no tar"
+    )
+    filters = index.add_argument_group("filters")
+    filters.add_argument("--min-size", type=int, default=0, metavar="PIXELS", help="of the shorter side")
+    filters.add_argument("--max-aspect", type=float, default=0.0, metavar="RATIO", help="longer over shorter side")
+    filters.add_argument("--caption-characters", type=_range, metavar="FEWEST:MOST", help="of the first caption")
+    filters.add_argument("--language", type=_assignment, metavar="FIELD=en,zh", help="json field and values to keep")
+    filters.add_argument("--min-score", type=_assignment, metavar="FIELD=0.28", help="json field and least value")
+    filters.add_argument("--uids", type=Path, metavar="FILE.npy", help="keep these uids, as DataComp lists them")
+    filters.add_argument(
+        "--unique", action="append", default=[], choices=("image", "caption", "pair"), help="keep the first of equals"
+    )
+    filters.add_argument("--exclude", type=Path, metavar="FILE.jsonl", help="bad samples that a run or `verify` listed")
     index.set_defaults(run=_index)
 
     tokenizer = commands.add_parser(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,8 @@ from data_pipelines.batch import BadSample, Batch, Record
 from data_pipelines.decode import decode_crop
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.masking import mask_words, num_masked_slots
-from data_pipelines.reader import Sample
+from data_pipelines.randomness import Purpose, uniform
+from data_pipelines.sample import Sample, hash64, normalised_caption
 from data_pipelines.tokenizer import Tokenizer
 
 
@@ -56,7 +56,7 @@ class Assembler:
         Raises:
             SampleError: The image or the caption cannot be used.
         """
-        caption = sample.caption()
+        caption = self._caption(sample, position)
         ids, word_starts = self.tokenizer.encode(caption, self.text_length)
         if not word_starts.any():
             raise SampleError("caption has no tokens")
@@ -80,9 +80,15 @@ class Assembler:
             "masked_positions": positions,
             "masked_targets": targets,
             "positions": np.array(position),
-            "image_ids": _hash64(sample.image),
-            "caption_ids": _hash64(" ".join(caption.lower().split()).encode()),
+            "image_ids": hash64(sample.image, "<i8"),
+            "caption_ids": hash64(normalised_caption(caption), "<i8"),
         }
+
+    def _caption(self, sample: Sample, position: int) -> str:
+        captions = sample.captions()
+        if len(captions) == 1 or not self.augmentation:
+            return captions[0]
+        return captions[int(uniform(self.seed, Purpose.CAPTION, position, size=1)[0] * len(captions))]
 
 
 def collate(
@@ -91,7 +97,3 @@ def collate(
     """Stacks rows into a micro-batch."""
     tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     return Batch(**tensors, bad=tuple(bad), records=tuple(records))
-
-
-def _hash64(content: bytes) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(content).digest(), dtype="<i8", count=1).reshape(())

@@ -19,36 +19,28 @@ class BadSampleBudget:
 
     def __init__(self, max_bad_samples: int, max_bad_fraction: float):
         self._max_samples, self._max_fraction = max_bad_samples, max_bad_fraction
-        self._last: BadSample | None = None
-        self.reasons: Counter[str] = Counter()  # of this rank's samples
-        self.num_bad = 0  # over all ranks
+        self.reasons: Counter[str] = Counter()  # of the samples added here; after a resume, num_bad has more
+        self.num_bad = 0
         self.num_seen = 0
 
-    def add(self, bad: Sequence[BadSample], num_bad: int, num_seen: int) -> None:
+    def add(self, bad: Sequence[BadSample], num_seen: int) -> None:
         """Counts one step.
 
         Args:
-            bad: Samples replaced on this rank; may differ from rank to rank.
-            num_bad: Samples replaced on all data-parallel ranks together.
-            num_seen: Samples of the step on all data-parallel ranks together.
+            bad: Samples replaced on all data-parallel ranks.
+            num_seen: Samples of the step on all of them.
 
         Raises:
-            DataError: The budget is used up; on every rank in the same step, as the sums are equal.
+            DataError: The budget is used up; on every rank in the same step, as the counts are equal.
         """
         self.reasons.update(sample.reason for sample in bad)
-        self.num_bad += num_bad
+        self.num_bad += len(bad)
         self.num_seen += num_seen
-        self._last = bad[-1] if bad else self._last
-        if self.num_bad <= self._max_samples + self._max_fraction * self.num_seen:
+        if not bad or self.num_bad <= self._max_samples + self._max_fraction * self.num_seen:
             return
-        here = "none of them on this rank"
-        if self._last:
-            counts = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
-            here = (
-                f"on this rank {counts}; the last was {self._last.key} in shard {self._last.shard}: {self._last.reason}"
-            )
+        counts = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
         raise DataError(
-            f"{self.num_bad:,} of {self.num_seen:,} samples had to be replaced ({here}). Mend or leave out "
-            f"these shards, or raise data.max_bad_samples ({self._max_samples:,}) "
-            f"or data.max_bad_fraction ({self._max_fraction})."
+            f"{self.num_bad:,} of {self.num_seen:,} samples had to be replaced (since the start or resume: {counts}; "
+            f"the last was {bad[-1].key} in shard {bad[-1].shard}: {bad[-1].reason}). Mend or leave out these shards, "
+            f"or raise data.max_bad_samples ({self._max_samples:,}) or data.max_bad_fraction ({self._max_fraction})."
         )

@@ -25,8 +25,16 @@ class SourceConfig(Section):
     """Share of the samples, relative to the other sources' weights; or shares by the step from which they hold,
     as in `{0: 3, 20000: 1}`. What was read before a change stays as it was."""
 
-    epochs: float | None = Field(None, ge=0)
+    epochs: float | None = Field(default=None, ge=0)
     """Instead of weights: how often this source is read in the time that the others are read `epochs` times."""
+
+    @model_validator(mode="after")
+    def _has_one_share_from_the_first_step_on(self) -> "SourceConfig":
+        if self.weight is not None and self.epochs is not None:
+            raise ValueError(f"weight {self.weight} and epochs {self.epochs} are both given: remove one of them")
+        if isinstance(self.weight, dict) and 0 not in self.weight:
+            raise ValueError(f"weight {self.weight} does not say what holds from step 0 on: add `0: ...` to it")
+        return self
 
 
 class AugmentConfig(Section):
@@ -35,10 +43,10 @@ class AugmentConfig(Section):
     rand_augment: tuple[Annotated[int, Field(ge=0, le=10)], Annotated[int, Field(ge=0, le=10)]] | None = None
     """[operations, magnitude]; ALBEF has [2, 7]. None of its ten operations changes a hue."""
 
-    color_jitter: float = Field(0.0, ge=0, le=1)
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each scaled by a factor from 1 - this to 1 + this."""
 
-    gaussian_blur: float = Field(0.0, ge=0, le=1)
+    gaussian_blur: float = Field(default=0.0, ge=0, le=1)
     """Share of the images that are blurred, by a standard deviation of 0.1 to 2 pixels (at 224; SimCLR's)."""
 
 
@@ -83,7 +91,7 @@ class DataConfig(Section):
     """Consecutive samples that always travel together. Fixed for the life of a run; it divides the
     micro-batch per rank, and a matching pool divides it."""
 
-    lanes: int | None = Field(None, ge=1)
+    lanes: int | None = Field(default=None, ge=1)
     """Parallel lanes the epoch is cut into; by default as many, of 960 and its divisors, as lose at most
     1 % of an epoch."""
 
@@ -95,6 +103,22 @@ class DataConfig(Section):
 
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """... and beyond those, this share of the samples taken. The run stops when both are used up."""
+
+    @field_validator("train")
+    @classmethod
+    def _has_comparable_sources(cls, value: Path | dict[str, SourceConfig]) -> Path | dict[str, SourceConfig]:
+        if isinstance(value, Path):
+            return value
+        by_epochs = [name for name, source in value.items() if source.epochs is not None]
+        if by_epochs and len(by_epochs) < len(value):
+            other = next(name for name in value if name not in by_epochs)
+            raise ValueError(
+                f"data.train.{by_epochs[0]} has epochs and data.train.{other} has not, so that their shares cannot be "
+                f"compared: give all of them epochs, or all of them weights"
+            )
+        if not value:
+            raise ValueError("data.train names no source: give a manifest, or `name: {manifest: ...}`")
+        return value
 
     @field_validator("crop_scale")
     @classmethod

@@ -80,7 +80,7 @@ class Demo:
         for split in ("train", "heldout"):
             path = tmp / split / "manifest.json"
             manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
-            manifest.save(path)
+            manifest.save()
         train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size)
         (tmp / "heldout" / "prompts.json").write_text(json.dumps(zero_shot_prompts(), indent=2) + "\n")
         (tmp / "demo.json").write_text(json.dumps(self._record()) + "\n")

@@ -34,3 +34,7 @@ class SampleError(Exception):
 
     Never reaches the user as such: training replaces the sample and counts it, the tools report it.
     """
+
+    def __init__(self, reason: str, key: str = ""):
+        super().__init__(reason)
+        self.key = key  # of the sample, where whoever catches this cannot know it

@@ -36,6 +36,7 @@ class HeldoutData:
         self._workers = config.workers
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.manifest = Manifest.load(config.heldout)
+        self._reader = ShardReader(self.manifest, config.cache, config.patience_s)
         self._assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed)
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class HeldoutData:
             DataError: A sample cannot be used. None is replaced: a metric must mean the same each time.
         """
         num_batches = -(-len(self) // (batch_size * dp_size))
-        dataset = _HeldoutBatches(ShardReader(self.manifest), self.manifest, self._assembler, batch_size, records)
+        dataset = _HeldoutBatches(self._reader, self.manifest, self._assembler, batch_size, records)
         return stream(dataset, range(dp_rank, num_batches * dp_size, dp_size), self._workers)
 
 
@@ -65,7 +66,7 @@ class _HeldoutBatches(BatchDataset):
     """The split cut into batches, keyed by their number."""
 
     def __init__(self, reader: ShardReader, manifest: Manifest, assembler: Assembler, batch_size: int, records: bool):
-        self._reader, self._assembler = reader, assembler
+        self._reader, self._manifest, self._assembler = reader, manifest, assembler
         self._batch_size, self._records = batch_size, records
         self._stops = np.cumsum([shard.samples for shard in manifest.shards])
 
@@ -76,14 +77,16 @@ class _HeldoutBatches(BatchDataset):
             position = place % int(self._stops[-1])
             shard = int(np.searchsorted(self._stops, position, side="right"))
             first = int(self._stops[shard - 1]) if shard else 0
-            sample = self._reader.read(shard, position - first)
+            name = ""
             try:
+                sample = self._reader.read(shard, position - first)
+                name = sample.key
                 rows.append(self._assembler.arrays(sample, position))
                 if self._records:
                     records.append(Record(sample.key, sample.caption(), sample.metadata()))
             except SampleError as error:
                 raise DataError(
-                    f"Held-out sample {sample.key} in shard {sample.shard} cannot be used: {error}. Mend it or take it "
-                    f"out, then run `python -m data_pipelines index` again."
+                    f"Held-out sample {name or error.key} in shard {self._manifest.shards[shard].location} cannot be "
+                    f"used: {error}. Mend it or take it out, then run `python -m data_pipelines index` again."
                 ) from None
         return collate(rows, records=records)

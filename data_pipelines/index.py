@@ -1,166 +1,312 @@
-"""Makes manifests: one scan of the shards' headers finds the usable samples and says why others are not.
+"""Makes manifests: one scan of each shard finds its samples, and filters say which of them are kept.
 
-All filtering happens here, so that nothing has to be skipped while training. Beside each shard goes
-`<shard>.idx.npy`, the byte ranges of its usable samples; a reader that misses it makes its own.
+All filtering happens here, so that nothing has to be skipped while training. What a scan found stays in the
+manifest's index folder: a second run, after an interruption or with other filters, scans only what is missing there.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 
-from data_pipelines.errors import DataError, cannot_open
-from data_pipelines.manifest import Manifest, Shard, normalised, write_atomically
-from data_pipelines.tar import TarError, TarSample, iter_members, iter_samples
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from data_pipelines.errors import DataError
+from data_pipelines.filters import Duplicates, Filters
+from data_pipelines.manifest import Manifest, Shard, index_folder, index_name, normalised, relative, save_array
+from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
+from data_pipelines.scan import READ_AHEAD, FeatureFields, features, key_at, scan
+from data_pipelines.storage import ByteSource, describe, is_remote, open_bytes
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A sample that the index leaves out."""
+    """A sample that no filter asked to leave out, and that is left out all the same."""
 
     shard: str
     key: str
     reason: str
 
 
-def expand_shards(patterns: Sequence[str]) -> list[Path]:
-    """Shards named by files, folders (their *.tar), globs and braces such as `{00000..00099}.tar`, sorted.
+@dataclass
+class Report:
+    """What became of the samples of a manifest."""
 
-    Raises:
-        DataError: A pattern matches nothing.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        for name in braceexpand.braceexpand(pattern):
-            if Path(name).is_dir():
-                matches = [str(path) for path in Path(name).glob("*.tar")]
-            else:
-                matches = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
-            if not matches:
-                raise DataError(f"No shards at {name}: give tar files, a folder of them, or a pattern like 'a/*.tar'.")
-            found.update(normalised(Path(match)) for match in matches)
-    return sorted(found)
+    faults: list[Dropped] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)  # samples by reason
+    reused: int = 0  # shards whose scan was there already
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What one process does to a shard, and where the results go."""
+
+    folder: Path  # the index folder
+    manifest: Path
+    names: FeatureFields | None
+    checksums: bool
+    patience_s: float
+
+    def __call__(self, location: str) -> _Scanned:
+        size, version = describe(location, patience_s=self.patience_s)
+        path = self.folder / index_name(relative(location, self.manifest), size, version)
+        if not self._is_new_enough(path, location):
+            path.unlink(missing_ok=True)
+        rows = _load(path)
+        described = None if self.names is None else features_path(path, self.names)
+        fresh = rows is not None and (described is None or described.is_file())
+        checksum = path.with_suffix(".sha256")
+        fresh = fresh and (not self.checksums or checksum.is_file())
+        dropped: list[Dropped] = []
+        source = None
+        try:
+            if not fresh:
+                source = _ReadAhead(open_bytes(location, patience_s=self.patience_s), is_remote(location))
+                rows = scan(source)
+                if described is not None:
+                    assert self.names is not None
+                    save_array(described, features(source, rows, self.names))
+                if self.checksums:
+                    checksum.write_text(sha256_of(source))
+                save_array(path, rows)
+            assert rows is not None
+            if (faults := np.flatnonzero(rows[:, 2])).size:
+                source = source or open_bytes(location, patience_s=self.patience_s)
+                for start, _, fault in rows[faults].tolist():
+                    key = key_at(source, start) or f"byte {start:,}"
+                    dropped.append(Dropped(location, key, Fault(fault).reason))
+        finally:
+            if source is not None:
+                source.close()
+        digest = checksum.read_text() if self.checksums else ""
+        return _Scanned(Shard(location, len(rows), size, len(rows), version, digest), path, dropped, fresh)
+
+    def _is_new_enough(self, path: Path, location: str) -> bool:
+        try:
+            return is_remote(location) or path.stat().st_mtime_ns >= os.stat(location).st_mtime_ns  # noqa: PTH116
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    shard: Shard
+    path: Path  # of its rows
+    dropped: list[Dropped]
+    reused: bool
 
 
 def build_manifest(
-    shards: Sequence[Path],
+    locations: Sequence[str | Path],
     path: Path,
     *,
+    filters: Filters | None = None,
+    checksums: bool = False,
     processes: int | None = None,
-    on_shard: Callable[[Shard], None] = lambda shard: None,
-) -> tuple[Manifest, list[Dropped]]:
-    """Scans every shard's headers once, in parallel, and writes its index beside it.
+    patience_s: float = 300,
+    on_shard: Callable[[], None] = lambda: None,
+) -> tuple[Manifest, Report]:
+    """Scans every shard once, in parallel, and applies the filters.
 
     Args:
-        shards: The tars, in the manifest's order.
+        locations: The tars, paths or URLs, in the manifest's order.
         path: Where the manifest will be saved.
+        filters: Which samples to keep; by default all without a fault.
+        checksums: Also take each shard's SHA-256, which reads all of it.
         processes: By default one per core; 1 scans in this process.
-        on_shard: Called as each shard is done, in any order.
+        patience_s: How long a remote read is tried again.
+        on_shard: Called as each shard is done.
 
     Returns:
-        The manifest, not yet saved, and every sample that was left out.
+        The manifest, not yet saved, and what was left out.
 
     Raises:
-        DataError: A shard is corrupt, or there is nothing usable.
+        DataError: A shard cannot be read, or there is nothing usable.
     """
-    processes = min(processes or len(os.sched_getaffinity(0)), len(shards))
-    scans: dict[Path, tuple[Shard, list[Dropped]]] = {}
-    if processes <= 1:
-        for shard in shards:
-            scans[shard] = _index_shard(shard)
-            on_shard(scans[shard][0])
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_index_shard, shard): shard for shard in shards}
-            try:
-                for future in as_completed(futures):
-                    scans[futures[future]] = future.result()
-                    on_shard(scans[futures[future]][0])
-            except DataError:
-                pool.shutdown(cancel_futures=True)
-                raise
-    dropped = [drop for shard in shards for drop in scans[shard][1]]
-    manifest = Manifest(tuple(scans[shard][0] for shard in shards), normalised(path).parent)
+    filters, path = filters or Filters(), normalised(path)
+    names = filters.fields if filters.need_features else None
+    job = _Scan(index_folder(path), path, names, checksums, patience_s)
+    places = [str(place) if is_remote(str(place)) else str(normalised(Path(place))) for place in locations]
+    scanned = _map(job, places, processes, on_shard)
+    report = Report(
+        faults=[drop for found in scanned for drop in found.dropped], reused=sum(found.reused for found in scanned)
+    )
+    kept = _apply(filters, names, scanned, report)
+    shards = tuple(
+        Shard(s.location, int(np.count_nonzero(keep)), s.bytes, s.indexed, s.version, s.sha256)
+        for s, keep in zip((found.shard for found in scanned), kept, strict=True)
+    )
+    all_kept = all(shard.samples == shard.indexed for shard in shards)
+    bits = None if all_kept else np.concatenate([np.packbits(keep) for keep in kept])
+    manifest = Manifest(path, shards, "headers", bits)
     if manifest.samples == 0:
-        hint = f"; the first of {len(dropped):,} left out: {dropped[0].key}, {dropped[0].reason}" if dropped else ""
-        raise DataError(
-            f"No usable sample in {len(shards)} shards{hint}: a sample needs an image "
-            f"({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
-        )
-    return manifest, dropped
+        raise _nothing_usable(len(shards), report)
+    return manifest, report
 
 
-def index_path(shard: Path) -> Path:
-    """Where the byte ranges of a shard's samples are kept."""
-    return shard.with_name(shard.name + ".idx.npy")
+def count_from_stats(
+    locations: Sequence[str | Path], path: Path, *, patience_s: float = 300, on_shard: Callable[[], None] = lambda: None
+) -> Manifest:
+    """A manifest from what img2dataset wrote beside its tars, which are not read.
 
-
-def scan_shard(shard: Path) -> tuple[np.ndarray, list[Dropped]]:
-    """Byte ranges (n, 2) int64 [start, stop) of the usable samples, and those that are not usable.
+    The count is `successes` of `NNNNN_stats.json`, or else the rows of `NNNNN.parquet` whose status is success.
+    Byte ranges are found when a shard is first read; a sample without a caption is replaced while training.
 
     Raises:
-        DataError: The tar cannot be opened, is corrupt or truncated, or a key comes back after other samples.
+        DataError: A shard has neither file, or they cannot be read.
     """
-    ranges: list[tuple[int, int]] = []
-    dropped: list[Dropped] = []
-    keys: set[str] = set()
-    try:
-        file = shard.open("rb", buffering=0)
-    except OSError as error:
-        raise cannot_open(f"Shard {shard}", error) from None
-    with file:
+    shards: list[Shard] = []
+    for place in map(str, locations):
+        location = place if is_remote(place) else str(normalised(Path(place)))
+        size, version = describe(location, patience_s=patience_s)
+        samples = _count(location, patience_s)
+        shards.append(Shard(location, samples, size, samples, version))
+        on_shard()
+    manifest = Manifest(normalised(path), tuple(shards), "stats")
+    if manifest.samples == 0:
+        raise _nothing_usable(len(shards), Report())
+    return manifest
 
-        def read(offset: int, size: int) -> bytes:
-            return os.pread(file.fileno(), size, offset)
 
+def features_path(rows: Path, names: FeatureFields) -> Path:
+    """Where the features that go with a shard's rows are kept."""
+    digest = hashlib.sha256(f"{names.score}\0{names.language}".encode()).hexdigest()[:8]
+    return rows.with_suffix(f".features-{digest}.npy")
+
+
+def sha256_of(source: ByteSource) -> str:
+    """Hexadecimal, of all bytes."""
+    digest = hashlib.sha256()
+    for offset in range(0, source.size, READ_AHEAD):
+        digest.update(source.read(offset, READ_AHEAD))
+    return digest.hexdigest()
+
+
+def _map(job: _Scan, places: list[str], processes: int | None, on_shard: Callable[[], None]) -> list[_Scanned]:
+    processes = min(processes or len(os.sched_getaffinity(0)), len(places))
+    if processes <= 1:
+        results: list[_Scanned] = []
+        for place in places:
+            results.append(job(place))
+            on_shard()
+        return results
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures: list[Future[_Scanned]] = [pool.submit(job, place) for place in places]
         try:
-            for sample in iter_samples(iter_members(read, os.fstat(file.fileno()).st_size, whole=True)):
-                if sample.key in keys:
-                    raise TarError(sample.start, f"key {sample.key} comes back after other samples,")
-                keys.add(sample.key)
-                if reason := _unusable(sample, read):
-                    dropped.append(Dropped(str(shard), sample.key, reason))
-                else:
-                    ranges.append((sample.start, sample.stop))
-        except TarError as error:
-            raise DataError(
-                f"Shard {shard} is corrupt: {error}. Make it again, or leave it out of the manifest."
-            ) from None
-    return np.array(ranges, dtype=np.int64).reshape(-1, 2), dropped
+            for future in as_completed(futures):
+                future.result()
+                on_shard()
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
 
 
-def _index_shard(shard: Path) -> tuple[Shard, list[Dropped]]:
-    ranges, dropped = scan_shard(shard)
-    write_atomically(index_path(shard), lambda tmp: _save_array(tmp, ranges))
-    return Shard(shard, len(ranges), shard.stat().st_size), dropped
+def _apply(filters: Filters, names: FeatureFields | None, scanned: list[_Scanned], report: Report) -> list[np.ndarray]:
+    kept: list[np.ndarray] = []
+    duplicates = Duplicates(filters.unique)
+    for found in scanned:
+        rows = _load(found.path)
+        assert rows is not None, found.path
+        keep = rows[:, 2] == Fault.NONE
+        if keys := filters.excluded.get(found.shard.location.rpartition("/")[2]):
+            keep &= _not_excluded(found.shard.location, rows, keys, report)
+        if names is not None:
+            described = np.load(features_path(found.path, names))
+            keep[keep] = filters.keep(described[keep], report.filtered)
+            duplicates.add(described[keep])
+        kept.append(keep)
+    if filters.unique:
+        for keep, first in zip(kept, duplicates.keep(report.filtered), strict=True):
+            keep[keep] = first
+    report.filtered = +report.filtered  # without the reasons that no sample had
+    return kept
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # numpy adds .npy to a bare name
-        np.save(file, array)
-
-
-def _unusable(sample: TarSample, read: Callable[[int, int], bytes]) -> str | None:
-    if not any(extension in sample.members for extension in IMAGE_EXTENSIONS):
-        return "no image"
-    if text := sample.members.get("txt"):
-        return None if text.size else "empty caption"
-    if not (member := sample.members.get("json")):
-        return "no caption"
+def _not_excluded(location: str, rows: np.ndarray, keys: set[str], report: Report) -> np.ndarray:
+    source = open_bytes(location, patience_s=300)
     try:
-        metadata = json.loads(read(member.start, member.size))
-    except ValueError:
-        return "unreadable json"
-    caption = metadata.get("caption") if isinstance(metadata, dict) else None
-    return None if isinstance(caption, str) and caption.strip() else "no caption"
+        fits = np.array([key_at(source, start) not in keys for start in rows[:, 0].tolist()], dtype=bool)
+    finally:
+        source.close()
+    report.filtered["on the list of excluded samples"] += int(np.count_nonzero(~fits))
+    return fits
+
+
+def _load(path: Path) -> np.ndarray | None:
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows if rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 3 else None
+
+
+def _count(location: str, patience_s: float) -> int:
+    stem = location.removesuffix(".tar")
+    for name, count in ((f"{stem}_stats.json", _count_stats), (f"{stem}.parquet", _count_parquet)):
+        try:
+            source = open_bytes(name, patience_s=patience_s)
+        except DataError:
+            continue
+        try:
+            return count(source.read(0, source.size))
+        except Exception as error:  # whatever a parser says of bytes that are no such file
+            raise DataError(
+                f"{name} does not say how many samples {location} holds ({type(error).__name__}): index it without "
+                f"--trust-stats, which reads its headers."
+            ) from None
+        finally:
+            source.close()
+    raise DataError(
+        f"Beside {location} there is neither {stem.rpartition('/')[2]}_stats.json nor .parquet: index it without "
+        f"--trust-stats, which reads its headers."
+    )
+
+
+def _count_stats(content: bytes) -> int:
+    return int(json.loads(content)["successes"])
+
+
+def _count_parquet(content: bytes) -> int:
+    from pyarrow import BufferReader, parquet  # an optional dependency
+
+    status = parquet.read_table(BufferReader(content), columns=["status"]).column("status")
+    return sum(value == "success" for value in status.to_pylist())
+
+
+def _nothing_usable(shards: int, report: Report) -> DataError:
+    reasons = Counter(drop.reason for drop in report.faults) + report.filtered
+    why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5))
+    first = f"; the first: {report.faults[0].key or report.faults[0].shard}" if report.faults else ""
+    return DataError(
+        f"No usable sample in {shards:,} shards ({why or 'they are empty'}{first}): a sample needs an image "
+        f"({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
+    )
+
+
+class _ReadAhead:
+    """A source whose small reads of a remote object come out of large ones."""
+
+    def __init__(self, source: ByteSource, remote: bool):
+        self._source, self._block = source, READ_AHEAD if remote else 0
+        self.size, self.version = source.size, source.version
+        self._start, self._bytes = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        if size >= self._block:
+            return self._source.read(offset, size)
+        at = offset - self._start
+        if at < 0 or at + size > len(self._bytes):
+            self._start, self._bytes = offset, self._source.read(offset, self._block)
+            at = 0
+        return self._bytes[at : at + size]
+
+    def close(self) -> None:
+        self._source.close()

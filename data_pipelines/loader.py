@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from data_pipelines.assemble import Assembler, collate
 from data_pipelines.augment import Augmentation
 from data_pipelines.batch import BadSample, Batch
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest
-from data_pipelines.order import DataState, Order, Steps
+from data_pipelines.mixture import DataState, Segment, SourceIdentity, integer_shares
+from data_pipelines.order import Order
+from data_pipelines.randomness import Purpose, raw
 from data_pipelines.reader import ShardReader
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
 
+PREFETCHED_MICRO_STEPS = 32  # how far ahead remote shards are brought into the cache
+
 
 class TrainingData:
-    """The training shards as one data-parallel rank sees them.
+    """The sources of a run as one data-parallel rank sees them.
 
     Args:
         config: Which shards, and how they are read.
@@ -60,99 +68,202 @@ class TrainingData:
             )
         self._config = config
         self.tokenizer = Tokenizer.load(config.tokenizer)
-        self.manifest = Manifest.load(config.train)
-        self.order = Order(
-            [shard.samples for shard in self.manifest.shards],
-            seed=seed,
-            grain=config.grain,
-            lanes=config.lanes,
-            window=config.window,
-        )
+        self.sources = _open_sources(config, seed)
+        self._seed = seed
+        self._grains_per_step = global_batch // config.grain
+        self._accumulation = accumulation
         self.micro_batch_per_rank = global_batch // (dp_size * accumulation)
-        self._steps = Steps(self.order.grains_per_epoch, global_batch // config.grain, accumulation)
         augmentation = Augmentation(config.crop_scale, config.flip, config.augment, seed)
         assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed, augmentation)
-        grains = self.micro_batch_per_rank // config.grain
-        self._dataset = _TrainingBatches(ShardReader(self.manifest), self.order, assembler, grains, dp_rank, dp_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch, known beforehand."""
-        return self._steps.per_epoch
+        grains = range(dp_rank, self._grains_per_step // accumulation, dp_size)
+        self._dataset = _TrainingBatches(self.sources, assembler, grains, self._grains_per_step // accumulation)
 
     def initial_state(self) -> DataState:
-        """The beginning of a run with this order of the data."""
-        order = self.order
-        return DataState(0, 0, self.manifest.hash, order.seed, order.grain, order.lanes, order.window)
+        """The beginning of a run with these sources."""
+        none = (0,) * len(self.sources)
+        return DataState(
+            step=0,
+            grains=0,
+            seed=self._seed,
+            grain=self._config.grain,
+            sources={
+                source.name: SourceIdentity(
+                    manifest=source.manifest.hash, lanes=source.order.lanes, window=source.order.window
+                )
+                for source in self.sources
+            },
+            segment=Segment(self._seed, 0, none, self._shares(0)),
+        )
+
+    def resumed(self, saved: DataState) -> DataState:
+        """The state that goes on from `saved` with the present sources and weights.
+
+        Raises:
+            DataError: `saved` belongs to another order of the data.
+        """
+        fresh = self.initial_state()
+        saved.check_resumable(fresh)
+        if list(saved.sources) != list(fresh.sources):  # sources were added: the others keep what they have given
+            given = dict(zip(saved.sources, saved.segment.taken_before(saved.grains), strict=True))
+            taken = tuple(given.get(name, 0) for name in fresh.sources)
+            segment = Segment(self._seed, saved.grains, taken, self._shares(saved.step))
+            return saved.model_copy(update={"sources": fresh.sources, "segment": segment})
+        return self._with_shares_of_its_step(saved)
 
     def advance(self, state: DataState) -> DataState:
         """The state one optimizer step later."""
-        epoch, first = self._steps.place(state.epoch, state.grains, 0)
-        return replace(state, epoch=epoch, grains=first + self._steps.grains_per_step)
+        grains = state.grains + self._grains_per_step
+        return self._with_shares_of_its_step(state.model_copy(update={"step": state.step + 1, "grains": grains}))
+
+    def epochs(self, state: DataState) -> dict[str, float]:
+        """How often each source has been read."""
+        taken = state.segment.taken_before(state.grains)
+        return {
+            source.name: grains / source.order.grains_per_epoch
+            for source, grains in zip(self.sources, taken, strict=True)
+        }
 
     def batches(self, state: DataState) -> Iterator[Batch]:
         """This rank's micro-batches from `state` on, without end; `accumulation` of them make a step.
 
         Raises:
-            DataError: `state` belongs to another order of the data, or a shard cannot be read.
+            DataError: A shard cannot be read.
         """
-        state.check_resumable(self.initial_state())
-        return stream(self._dataset, _Places(self._steps, state), self._config.workers)
+        return stream(self._dataset, _Places(self, state), self._config.workers)
+
+    def micro_steps(self, state: DataState) -> Iterator[tuple[Segment, int]]:
+        """(segment, first grain) of every micro-step from a state on, without end."""
+        micro = self._grains_per_step // self._accumulation
+        while True:
+            for number in range(self._accumulation):
+                yield state.segment, state.grains + number * micro
+            state = self.advance(state)
+
+    def _shares(self, step: int) -> tuple[int, ...]:
+        try:
+            return integer_shares([source.weight_at(step) for source in self.sources])
+        except ValueError:
+            raise DataError(
+                f"At step {step:,} every source of data.train has the weight 0: give one of them more."
+            ) from None
+
+    def _with_shares_of_its_step(self, state: DataState) -> DataState:
+        shares = self._shares(state.step)
+        if shares == state.segment.shares:
+            return state
+        taken = state.segment.taken_before(state.grains)
+        return state.model_copy(update={"segment": Segment(self._seed, state.grains, taken, shares)})
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the mixture."""
+
+    name: str
+    config: SourceConfig
+    manifest: Manifest
+    order: Order
+    reader: ShardReader
+
+    def weight_at(self, step: int) -> float:
+        """Relative to the other sources' weights."""
+        if self.config.epochs is not None:
+            return self.config.epochs * self.order.grains_per_epoch
+        weight = self.config.weight
+        if isinstance(weight, dict):
+            return weight[max(begin for begin in weight if begin <= step)]
+        return 1.0 if weight is None else weight
+
+
+def _open_sources(config: DataConfig, seed: int) -> tuple[Source, ...]:
+    given = {"train": SourceConfig(manifest=config.train)} if isinstance(config.train, Path) else config.train
+    sources: list[Source] = []
+    for name, source in sorted(given.items()):  # so that the order of lines in the YAML changes nothing
+        manifest = Manifest.load(source.manifest)
+        try:
+            order = Order(
+                [shard.samples for shard in manifest.shards],
+                seed=_seed_of(seed, name),
+                grain=config.grain,
+                lanes=config.lanes,
+                window=config.window,
+            )
+        except DataError as error:
+            raise DataError(f"{source.manifest}: {error}") from None
+        reader = ShardReader(manifest, config.cache, config.patience_s)
+        sources.append(Source(name, source, manifest, order, reader))
+    return tuple(sources)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    # By name, so that a source keeps its order whatever is mixed with it.
+    word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return int(raw(seed, Purpose.SOURCE, word, size=1)[0])
 
 
 @dataclass(frozen=True)
 class _Places:
-    """(epoch, first grain) of each micro-step from a state on, as a sampler."""
+    """The micro-steps from a state on, as a sampler."""
 
-    steps: Steps
+    data: TrainingData
     state: DataState
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self.steps.micro_steps(self.state.epoch, self.state.grains)
+    def __iter__(self) -> Iterator[tuple[Segment, int]]:
+        return self.data.micro_steps(self.state)
 
 
 class _TrainingBatches(BatchDataset):
-    """One rank's micro-batch of each micro-step, keyed by (epoch, first grain)."""
+    """One rank's micro-batch of each micro-step, keyed by (segment, first grain)."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order,
-        assembler: Assembler,
-        grains: int,
-        dp_rank: int,
-        dp_size: int,
-    ):
-        self._reader, self._order, self._assembler = reader, order, assembler
-        self._grains, self._dp_rank, self._dp_size = grains, dp_rank, dp_size
+    def __init__(self, sources: tuple[Source, ...], assembler: Assembler, grains: range, grains_per_micro_step: int):
+        self._sources, self._assembler = sources, assembler
+        self._grains = grains  # of a micro-step, those of this rank
+        self._ahead = PREFETCHED_MICRO_STEPS * grains_per_micro_step
 
-    def make(self, key: tuple[int, int]) -> Batch:
-        epoch, first = key
-        rows: list[dict[str, Any]] = []
+    def make(self, key: tuple[Segment, int]) -> Batch:
+        segment, first = key
+        rows: list[dict[str, np.ndarray]] = []
         bad: list[BadSample] = []
-        for grain in range(first + self._dp_rank, first + self._grains * self._dp_size, self._dp_size):
-            shards, indices = self._order.locate(epoch, grain)
-            position = self._order.position(epoch, grain)
-            for item, place in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
-                row = self._row(place, position + item, bad)
-                rows.append(row or self._replacement(epoch, grain, item, position + item, bad[-1]))
+        for grain in range(first + self._grains.start, first + self._grains.stop, self._grains.step):
+            rows += self._rows(segment, grain, bad)
+        self._prefetch(segment, first + self._ahead)
         return collate(rows, bad)
 
-    def _row(self, place: tuple[int, int], position: int, bad: list[BadSample]) -> dict[str, Any] | None:
-        sample = self._reader.read(*place)
-        try:
-            return self._assembler.arrays(sample, position)
-        except SampleError as error:
-            bad.append(BadSample(sample.shard, sample.key, str(error)))
-            return None
+    def _rows(self, segment: Segment, grain: int, bad: list[BadSample]) -> Iterator[dict[str, np.ndarray]]:
+        """The samples of a grain, each with a replacement if it cannot be used."""
+        source, epoch, number = self._locate(segment, grain)
+        shards, indices = source.order.locate(epoch, number)
+        samples = source.reader.read_all(shards.tolist(), indices.tolist())
+        for item, (shard, sample) in enumerate(zip(shards.tolist(), samples, strict=True)):
+            position = grain * source.order.grain + item
+            try:
+                if isinstance(sample, SampleError):
+                    raise sample
+                yield self._assembler.arrays(sample, position)
+            except SampleError as error:
+                key = sample.key
+                bad.append(BadSample(source.manifest.shards[shard].location, key, str(error)))
+                yield self._replacement(source, epoch, number, item, position, bad[-1])
 
-    def _replacement(self, epoch: int, grain: int, item: int, position: int, bad: BadSample) -> dict[str, Any]:
+    def _replacement(
+        self, source: Source, epoch: int, number: int, item: int, position: int, bad: BadSample
+    ) -> dict[str, np.ndarray]:
         # Further bad samples on the way are not reported here: each is when its own turn comes.
-        places: Iterable[tuple[int, int]] = self._order.replacements(epoch, grain, item)
-        for place in places:
-            if row := self._row(place, position, []):
-                return row
+        for place in source.order.replacements(epoch, number, item):
+            with suppress(SampleError):
+                return self._assembler.arrays(source.reader.read(*place), position)
         raise DataError(
-            f"No sample of a whole window of {self._order.window:,} can be used; one is {bad.key} in shard "
+            f"No sample of a whole window of {source.order.window:,} can be used; one is {bad.key} in shard "
             f"{bad.shard}: {bad.reason}. Check how these shards were made."
         )
+
+    def _locate(self, segment: Segment, grain: int) -> tuple[Source, int, int]:
+        place, number = segment.place(grain)
+        source = self._sources[place]
+        return source, *divmod(number, source.order.grains_per_epoch)
+
+    def _prefetch(self, segment: Segment, first: int) -> None:
+        for grain in range(first + self._grains.start, first + self._grains.stop, self._grains.step):
+            source, epoch, number = self._locate(segment, grain)
+            if source.reader.prefetches:
+                source.reader.prefetch(np.unique(source.order.locate(epoch, number)[0]).tolist())

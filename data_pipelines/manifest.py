@@ -1,6 +1,10 @@
-"""The manifest: which shards there are, how many samples each holds, and what identifies them.
+"""The manifest: which shards there are, how many samples each holds, which of them are kept, what identifies them.
 
-It is made once and never changes, and the order of the data follows from its counts alone.
+It is made once and never changes, and the order of the data follows from its counts alone. With it come
+
+    manifest.json        one line a shard; paths below its folder are relative, so the whole can be moved
+    manifest.keep.npy    one bit a sample, where filters or faults keep some from being read
+    manifest.index/      the byte ranges of each shard's samples; what is missing is made anew when it is needed
 """
 
 from __future__ import annotations
@@ -8,105 +12,165 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from data_pipelines.errors import DataError, cannot_open
+from data_pipelines.storage import is_remote
 
-FORMAT = 1
+FORMAT = 2
+_MANIFEST_AGAIN = "write the manifest again with `python -m data_pipelines index`"
+_AGAIN = "write it again with `python -m data_pipelines index`"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar and what a scan of its headers found."""
+    """A tar and what is known of it."""
 
-    path: Path
-    samples: int  # usable ones: with an image and a caption
+    location: str  # absolute path, or URL
+    samples: int  # that a run may read
     bytes: int
+    indexed: int  # all samples, those that are not kept included
+    version: str = ""  # of a remote: its ETag or time of change
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """An immutable, ordered list of shards."""
 
+    path: Path  # its own
     shards: tuple[Shard, ...]
-    folder: Path  # the manifest's own; shards below it are stored relative to it
+    counts: Literal["headers", "stats"] = "headers"  # who counted: a scan of the tars, or who made them
+    kept_bits: np.ndarray | None = field(default=None, compare=False)  # uint8: each shard's samples as whole bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.path, self.shards, self.counts, self.kept_bits is not None)  # bits stay in their file
 
     @cached_property
     def hash(self) -> str:
-        """Identifies the data: it survives moving manifest and shards together, and nothing else."""
-        return hashlib.sha256(json.dumps(self._rows()).encode()).hexdigest()
+        """Identifies the data: names, sizes and what is kept. It survives moving or copying the shards."""
+        digest = hashlib.sha256(self._keep_digest.encode())
+        for shard in self.shards:
+            name = posixpath.basename(shard.location)
+            digest.update(f"{name}\0{shard.bytes}\0{shard.indexed}\0{shard.samples}\n".encode())
+        return digest.hexdigest()
 
     @property
     def samples(self) -> int:
-        """Usable samples in all shards."""
+        """Samples in all shards that a run may read."""
         return sum(shard.samples for shard in self.shards)
+
+    def kept(self, shard: int) -> np.ndarray | None:
+        """Which of a shard's indexed samples are kept, ascending (n,) int64; None for all."""
+        if self.kept_bits is None:
+            return None
+        indexed = self.shards[shard].indexed
+        start = self._keep_starts[shard]
+        bits = np.unpackbits(self.kept_bits[start : start + _bytes_for(indexed)], count=indexed)
+        return np.flatnonzero(bits)
+
+    def index_path(self, shard: int) -> Path:
+        """Where the byte ranges of a shard's samples are kept."""
+        entry = self.shards[shard]
+        return index_folder(self.path) / index_name(relative(entry.location, self.path), entry.bytes, entry.version)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Reads a manifest and checks that its shards are there.
+        """Reads a manifest and checks that its local shards are there.
 
         Raises:
-            DataError: No such file, it cannot be opened, is not a manifest, or a shard is missing or of another size.
+            DataError: No such file, it cannot be opened, is not a manifest, or a shard is missing.
         """
+        path = normalised(path)
+        content, raw_shards = _read_json(path)
+        folder = path.parent
         try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise DataError(
-                f"There is no manifest at {path}: write one with `python -m data_pipelines index SHARDS -o {path}`."
-            ) from None
-        except OSError as error:
-            raise cannot_open(f"Manifest {path}", error) from None
-        try:
-            content = json.loads(raw.decode("utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads format {FORMAT}")
-            rows = [(str(row["path"]), int(row["samples"]), int(row["bytes"])) for row in content["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is not a manifest of shards ({type(error).__name__}: {error}): "
-                f"write it again with `python -m data_pipelines index`."
-            ) from None
-        folder = normalised(path).parent
-        manifest = cls(tuple(Shard(folder / name, samples, size) for name, samples, size in rows), folder)
-        for shard in manifest.shards:
-            check_size(shard)
+            shards = tuple(_shard(row, folder) for row in raw_shards)
+            counts, keep_digest = str(content["counts"]), str(content.get("keep", ""))
+            if counts not in ("headers", "stats"):
+                raise ValueError(f"counts {counts!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _no_manifest(path, error) from None
+        _check_present(shards)
+        manifest = cls(path, shards, counts, _load_keep(path, keep_digest) if keep_digest else None)
+        if manifest.kept_bits is not None and len(manifest.kept_bits) != manifest._keep_starts[-1]:
+            raise DataError(f"{keep_path(path)} does not fit {path}: {_AGAIN}.")
         return manifest
 
-    def save(self, path: Path) -> None:
-        """Writes the manifest so that it is there whole or not at all."""
-        if normalised(path).parent != self.folder:
-            raise ValueError(f"this manifest belongs into {self.folder}")
-        rows = [{"path": name, "samples": samples, "bytes": size} for name, samples, size in self._rows()]
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        text = f'{{"format": {FORMAT}, "shards": [\n{lines}\n]}}\n'
-        write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    def save(self) -> None:
+        """Writes the manifest, and what is kept, so that each is there whole or not at all."""
+        content: dict[str, object] = {"format": FORMAT, "counts": self.counts}
+        if self.kept_bits is None:
+            with suppress(OSError):
+                keep_path(self.path).unlink()
+        else:
+            content["keep"] = self._keep_digest
+            save_array(keep_path(self.path), self.kept_bits)
+        head = json.dumps(content)[:-1]
+        lines = ",\n".join(f"  {json.dumps(self._row(shard))}" for shard in self.shards)
+        text = f'{head}, "shards": [\n{lines}\n]}}\n'
+        write_atomically(self.path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
-    def _rows(self) -> list[tuple[str, int, int]]:
-        return [(_relative(shard.path, self.folder), shard.samples, shard.bytes) for shard in self.shards]
+    @cached_property
+    def _keep_digest(self) -> str:
+        return "" if self.kept_bits is None else _digest(self.kept_bits)
+
+    @cached_property
+    def _keep_starts(self) -> np.ndarray:
+        return np.array([0, *accumulate(_bytes_for(shard.indexed) for shard in self.shards)])
+
+    def _row(self, shard: Shard) -> dict[str, object]:
+        row: dict[str, object] = {
+            "path": relative(shard.location, self.path),
+            "samples": shard.samples,
+            "bytes": shard.bytes,
+        }
+        if shard.indexed != shard.samples:
+            row["indexed"] = shard.indexed
+        return row | {name: value for name in ("version", "sha256") if (value := getattr(shard, name))}
+
+
+def _reopen(path: Path, shards: tuple[Shard, ...], counts: Literal["headers", "stats"], has_keep: bool) -> Manifest:
+    return Manifest(path, shards, counts, np.load(keep_path(path), mmap_mode="r") if has_keep else None)
+
+
+def index_folder(manifest: Path) -> Path:
+    """The folder of the byte ranges that belong to a manifest."""
+    return manifest.with_name(f"{manifest.stem}.index")
+
+
+def keep_path(manifest: Path) -> Path:
+    """The file of the bits that say which samples are kept."""
+    return manifest.with_name(f"{manifest.stem}.keep.npy")
+
+
+def index_name(relative: str, size: int, version: str) -> str:
+    """The name of a shard's file in the index folder; another name once the shard is another."""
+    return hashlib.sha256(f"{relative}\n{size}\n{version}".encode(errors="surrogateescape")).hexdigest()[:24] + ".npy"
 
 
 def check_size(shard: Shard) -> None:
-    """Raises DataError where the shard is missing or has changed size since it was indexed."""
+    """Raises DataError where a local shard is missing or has changed size since it was indexed."""
     try:
-        found = shard.path.stat().st_size
+        found = os.stat(shard.location).st_size  # noqa: PTH116
     except OSError:
-        raise DataError(
-            f"Shard {shard.path} is in the manifest but cannot be found: put it back, "
-            f"or write the manifest again with `python -m data_pipelines index`."
-        ) from None
+        raise _missing(shard.location) from None
     if found != shard.bytes:
         raise DataError(
-            f"Shard {shard.path} has {found:,} bytes but had {shard.bytes:,} when it was indexed: restore it, "
-            f"or write the manifest again with `python -m data_pipelines index`."
+            f"Shard {shard.location} has {found:,} bytes but had {shard.bytes:,} when it was indexed: restore it, "
+            f"or {_MANIFEST_AGAIN}."
         )
-
-
-def _relative(path: Path, folder: Path) -> str:
-    absolute = normalised(path)
-    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
 
 
 def normalised(path: Path) -> Path:
@@ -118,10 +182,100 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a temporary file and renames it to `path`: the file is there whole or not at all."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         tmp.replace(path)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink()
         raise DataError(
             f"Cannot write {path}: {error.strerror}. Free some space or get the right to write there."
         ) from None
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array to a .npy file that is there whole or not at all."""
+
+    def write(tmp: Path) -> None:
+        with tmp.open("wb") as file:  # numpy adds .npy to a bare name
+            np.save(file, array)
+
+    write_atomically(path, write)
+
+
+def _digest(bits: np.ndarray) -> str:
+    return hashlib.sha256(bits.data).hexdigest()
+
+
+def _bytes_for(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _read_json(path: Path) -> tuple[dict[str, object], list[dict[str, object]]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"There is no manifest at {path}: write one with `python -m data_pipelines index SHARDS -o {path}`."
+        ) from None
+    except OSError as error:
+        raise cannot_open(f"Manifest {path}", error) from None
+    try:
+        content = json.loads(raw.decode("utf-8"))
+        shards = content.pop("shards")
+        if not isinstance(shards, list):
+            raise TypeError("shards are no list")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_manifest(path, error) from None
+    return content, shards
+
+
+def _shard(row: dict[str, object], folder: Path) -> Shard:
+    path, samples, size = str(row["path"]), row["samples"], row["bytes"]
+    indexed = row.get("indexed", samples)
+    if not all(type(number) is int and number >= 0 for number in (samples, size, indexed)) or indexed < samples:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"the numbers of {path}")
+    location = path if is_remote(path) else os.path.normpath(folder / path)
+    return Shard(location, samples, size, indexed, str(row.get("version", "")), str(row.get("sha256", "")))  # pyright: ignore[reportArgumentType]
+
+
+def _check_present(shards: tuple[Shard, ...]) -> None:
+    # One listing a folder: a hundred thousand single questions take minutes on a network file system.
+    listed: dict[str, set[str]] = {}
+    for shard in shards:
+        if is_remote(shard.location):
+            continue
+        folder, name = os.path.split(shard.location)
+        if folder not in listed:
+            try:
+                listed[folder] = set(os.listdir(folder))  # noqa: PTH208
+            except OSError:
+                listed[folder] = set()
+        if name not in listed[folder]:
+            raise _missing(shard.location)
+
+
+def _load_keep(path: Path, digest: str) -> np.ndarray:
+    try:
+        bits = np.load(keep_path(path), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{keep_path(path)} cannot be read ({type(error).__name__}): {_AGAIN}.") from None
+    if _digest(bits) != digest:
+        raise DataError(f"{keep_path(path)} is not the one that {path} was written with: {_AGAIN}.")
+    return bits
+
+
+def relative(location: str, manifest: Path) -> str:
+    """A local shard's path as the manifest writes it; a URL as it is."""
+    if is_remote(location):
+        return location
+    folder = f"{manifest.parent}{os.sep}"
+    return location.removeprefix(folder) if location.startswith(folder) else location
+
+
+def _missing(location: str) -> DataError:
+    return DataError(f"Shard {location} is in the manifest but cannot be found: put it back, or {_MANIFEST_AGAIN}.")
+
+
+def _no_manifest(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a manifest of shards ({type(error).__name__}: {error}): {_AGAIN}.")

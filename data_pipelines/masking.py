@@ -50,30 +50,32 @@ def mask_words(
         positions: (K,) int64, ascending; 0 where the slot is unused.
         targets: (K,) int64, the ids that stood there; IGNORE where the slot is unused.
     """
+    # Lists, since captions are short: arrays would take twice as long for a handful of numbers.
+    length = len(ids)
     num_pieces = int(np.count_nonzero(ids != tokenizer.pad_id)) - 2
-    draws = uniform(seed, Purpose.MASKING, position, size=3 * len(ids))
-    word_draws, actions, replacements = draws.reshape(3, -1)
-
-    firsts = np.flatnonzero(word_starts)
-    lengths = np.diff(firsts, append=num_pieces + 1)
+    draws = uniform(seed, Purpose.MASKING, position, size=3 * length).tolist()  # word order, actions, replacements
+    firsts = np.flatnonzero(word_starts).tolist()
+    words = sorted(zip(firsts, [*firsts[1:], num_pieces + 1], strict=True), key=lambda word: draws[word[0]])
     target = max(1, round(probability * num_pieces))
-    taken: list[int] = []
-    for word in np.argsort(word_draws[firsts], kind="stable"):
-        first, length = int(firsts[word]), int(lengths[word])
-        if len(taken) >= target:
+    places: list[int] = []
+    for first, stop in words:
+        if len(places) >= target:
             break
-        if len(taken) + length <= num_slots:
-            taken.extend(range(first, first + length))
-    if not taken:  # every word has more pieces than there are slots: hide the beginning of one
-        first = int(firsts[np.argmin(word_draws[firsts])])
-        taken.extend(range(first, first + num_slots))
-    places = np.array(sorted(taken), dtype=np.int64)
+        if len(places) + stop - first <= num_slots:
+            places.extend(range(first, stop))
+    if not places:  # every word has more pieces than there are slots: hide the beginning of one
+        first = words[0][0]
+        places.extend(range(first, first + num_slots))
+    places.sort()
 
     masked_ids = ids.copy()
     pieces = tokenizer.ordinary_ids
-    random_pieces = pieces[(replacements[places] * len(pieces)).astype(np.int64)]
-    action = actions[places]
-    masked_ids[places] = np.where(action < 0.8, tokenizer.mask_id, np.where(action < 0.9, random_pieces, ids[places]))
+    for place in places:
+        action, replacement = draws[length + place], draws[2 * length + place]
+        if action < 0.8:
+            masked_ids[place] = tokenizer.mask_id
+        elif action < 0.9:
+            masked_ids[place] = pieces[int(replacement * len(pieces))]
     positions = np.zeros(num_slots, dtype=np.int64)
     targets = np.full(num_slots, IGNORE, dtype=np.int64)
     positions[: len(places)] = places

@@ -1,4 +1,4 @@
-"""The order of the data as a pure function of (seed, epoch, shard sizes): canonical lanes.
+"""The order of a source's samples as a pure function of (seed, epoch, shard sizes): canonical lanes.
 
 An epoch permutes the shards, lays their samples end to end and cuts them into L equal lanes. Each lane is shuffled
 window by window. The unit is a grain of m samples; grain g of an epoch is item g div L of lane g mod L, so a
@@ -9,7 +9,6 @@ is a few numbers, and resuming is computing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -63,10 +62,6 @@ class Order:
         """The rest of the samples, fewer than lanes x grain and other ones each epoch, are left out."""
         return self.lanes * self.lane_samples // self.grain
 
-    def position(self, epoch: int, grain: int) -> int:
-        """Global position of a grain's first sample: unique over the run, the key of all its randomness."""
-        return (epoch * self.grains_per_epoch + grain) * self.grain
-
     def locate(self, epoch: int, grain: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard, index in the shard) of a grain's samples, two (m,) int64 arrays."""
         lane, first = self._lane_and_first(grain)
@@ -115,107 +110,3 @@ class Order:
 
 def _make_order(sizes: np.ndarray, seed: int, grain: int, lanes: int, window: int) -> Order:
     return Order(sizes.tolist(), seed=seed, grain=grain, lanes=lanes, window=window)
-
-
-@dataclass(frozen=True)
-class DataState:
-    """All there is to know about the input's progress; equal on every rank, whatever the layout."""
-
-    epoch: int
-    grains: int  # taken by the trainer in this epoch
-    manifest: str  # hash
-    seed: int
-    grain: int
-    lanes: int
-    window: int
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, object]) -> DataState:
-        """Reads `to_dict`.
-
-        Raises:
-            DataError: A field is missing, unknown or of the wrong type.
-        """
-        kinds = {field.name: str if field.name == "manifest" else int for field in fields(cls)}
-        if content.keys() != kinds.keys() or any(type(content[name]) is not kind for name, kind in kinds.items()):
-            raise DataError(
-                f"A data state needs the fields {', '.join(kinds)}, but {content} was saved: "
-                f"resume with the version of the toolkit that saved it."
-            )
-        return cls(**content)  # pyright: ignore[reportArgumentType]
-
-    def check_resumable(self, run: DataState) -> None:
-        """Refuses to continue in another order of the data than that of `run`, the present configuration.
-
-        The global batch, the accumulation, ranks and workers may change: none of them changes the order.
-
-        Raises:
-            DataError: Names each field that differs, both values and the fix.
-        """
-        keys = {"manifest": "data.train", "seed": "seed", "grain": "data.grain", "lanes": "data.lanes"}
-        keys["window"] = "data.window"
-        differing = [
-            f"{key} (saved {_brief(getattr(self, name))}, now {_brief(getattr(run, name))})"
-            for name, key in keys.items()
-            if getattr(self, name) != getattr(run, name)
-        ]
-        if differing:
-            raise DataError(
-                f"The checkpoint was saved in another order of the data: {', '.join(differing)}. "
-                f"Set these back to the saved values to resume, or start a new run in another folder."
-            )
-
-
-def _brief(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Cuts epochs into optimizer steps, micro-steps and ranks: step t takes the grains [tB, (t+1)B).
-
-    Args:
-        grains_per_epoch: Of the order.
-        grains_per_step: B, the global batch over the grain.
-        accumulation: Micro-steps of a step.
-
-    Raises:
-        DataError: An epoch is shorter than one step.
-    """
-
-    grains_per_epoch: int
-    grains_per_step: int
-    accumulation: int
-
-    def __post_init__(self) -> None:
-        if self.grains_per_epoch < self.grains_per_step:
-            raise DataError(
-                f"One global batch takes {self.grains_per_step:,} grains but an epoch has only "
-                f"{self.grains_per_epoch:,}: lower global_batch, or add data."
-            )
-
-    @property
-    def per_epoch(self) -> int:
-        """Known beforehand on every rank; the grains left over are dropped."""
-        return self.grains_per_epoch // self.grains_per_step
-
-    def place(self, epoch: int, grains: int, step: int) -> tuple[int, int]:
-        """(epoch, first grain) of the `step`-th step (from 0) after `grains` of `epoch` have been taken."""
-        left = (self.grains_per_epoch - grains) // self.grains_per_step
-        if step < left:
-            return epoch, grains + step * self.grains_per_step
-        more, rest = divmod(step - left, self.per_epoch)
-        return epoch + 1 + more, rest * self.grains_per_step
-
-    def micro_steps(self, epoch: int, grains: int) -> Iterator[tuple[int, int]]:
-        """(epoch, first grain) of every micro-step from there on, without end."""
-        step, micro = 0, self.grains_per_step // self.accumulation
-        while True:
-            at, first = self.place(epoch, grains, step)
-            for a in range(self.accumulation):
-                yield at, first + a * micro
-            step += 1

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from data_pipelines.decode import check_image
 from data_pipelines.errors import DataError, SampleError, cannot_open
-from data_pipelines.index import IMAGE_EXTENSIONS, build_manifest
+from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest
-from data_pipelines.reader import Sample
+from data_pipelines.sample import IMAGE_EXTENSIONS, Sample
 from data_pipelines.shards import write_shard
 
 _Records = Iterator[dict[str, object] | SampleError]  # an error in the place of a row that is none
@@ -102,7 +102,7 @@ def pack(
         reasons = ", ".join(f"{count} x {kind}" for kind, count in rejected.most_common()) or "it has no rows"
         raise DataError(f"Nothing in {source} could be packed ({reasons}): see {folder / 'rejected.jsonl'}.")
     manifest, _ = build_manifest(shards, folder / "manifest.json")
-    manifest.save(folder / "manifest.json")
+    manifest.save()
     return Packed(manifest, good, rejected)
 
 

@@ -1,179 +1,176 @@
-"""Reads single samples out of shards: one pread for the whole of a sample, found by its byte range."""
+"""Reads single samples out of shards: one read for the whole of a sample, found by its byte range."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
-from data_pipelines.errors import DataError, SampleError, cannot_open
-from data_pipelines.index import IMAGE_EXTENSIONS, index_path, scan_shard
-from data_pipelines.manifest import Manifest, Shard, check_size
-from data_pipelines.tar import Member, TarError, iter_members, iter_samples
+from data_pipelines.config import CacheConfig
+from data_pipelines.errors import DataError, SampleError
+from data_pipelines.manifest import Manifest, Shard, check_size, save_array
+from data_pipelines.sample import Fault, Sample, parse_sample
+from data_pipelines.scan import scan
+from data_pipelines.storage import ByteSource, is_remote, open_bytes
+from data_pipelines.tar import TarError
 
-MAX_CAPTION_BYTES = 64 * 1024
 MAX_TRAINING_CAPTIONS = 2_000_000  # more do not change a tokenizer, and sentencepiece holds them in memory
 MAX_OPEN_SHARDS = 256  # of a worker; a grain touches two or three, so reopening one costs little
+REMOTE_READS = 16  # at the same time, where samples are read by range requests
 _REINDEX = "it has changed since it was indexed; restore it, or run `python -m data_pipelines index` again."
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An image-text pair as it lies in a shard."""
-
-    shard: str
-    key: str
-    image: bytes
-    text: bytes | None  # of .txt
-    json: bytes | None
-
-    def caption(self) -> str:
-        """The caption without white space around it.
-
-        Raises:
-            SampleError: It is empty, too long or not UTF-8.
-        """
-        raw = self.text
-        if raw is None:
-            caption = self.metadata().get("caption")
-            raw = caption.encode(errors="replace") if isinstance(caption, str) else b""
-        if len(raw) > MAX_CAPTION_BYTES:
-            raise SampleError(f"caption of {len(raw):,} bytes is longer than {MAX_CAPTION_BYTES:,}")
-        try:
-            text = raw.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise SampleError("caption is not UTF-8") from None
-        if not text:
-            raise SampleError("caption is empty")
-        return text
-
-    def metadata(self) -> dict[str, object]:
-        """The fields of .json, none where there is no such member.
-
-        Raises:
-            SampleError: It is not a JSON object.
-        """
-        if self.json is None:
-            return {}
-        try:
-            content = json.loads(self.json)
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise SampleError("json is not an object")
-        return content
+class _Opened:
+    source: ByteSource
+    rows: np.ndarray  # (n, 3) int64: start, stop and Fault of each sample that is kept
 
 
 class ShardReader:
-    """Random access to the samples of a manifest's shards. Files are opened when first needed."""
+    """Random access to the samples of a manifest's shards. Files are opened when first needed.
 
-    def __init__(self, manifest: Manifest):
-        self._manifest = manifest
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # shard -> descriptor, byte ranges
+    Args:
+        manifest: The shards.
+        cache: Where remote shards are kept; without one, each sample is a range request.
+        patience_s: How long a remote read is tried again.
+    """
+
+    def __init__(self, manifest: Manifest, cache: CacheConfig | None = None, patience_s: float = 300):
+        self._manifest, self._cache_config, self._patience_s = manifest, cache, patience_s
+        self._cache = None
+        if cache:
+            from data_pipelines.cache import ShardCache
+
+            self._cache = ShardCache(cache.folder, int(cache.limit_gib * 2**30), patience_s)
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ShardReader, (self._manifest,)  # open files stay in their process
+        return ShardReader, (self._manifest, self._cache_config, self._patience_s)  # open files stay in their process
 
     def read(self, shard: int, index: int) -> Sample:
-        """The `index`-th usable sample of a shard.
+        """The `index`-th of a shard's samples that are kept.
 
         Raises:
+            SampleError: It has a fault, and whoever made the manifest did not look.
             DataError: The shard is missing, cannot be read, or is not what was indexed. Never skipped: it would
                 change which samples a run sees.
         """
-        descriptor, ranges = self._opened(shard)
-        path = self._manifest.shards[shard].path
-        start, stop = ranges[index].tolist()
-        try:
-            data = os.pread(descriptor, stop - start, start)
-        except OSError as error:
-            raise DataError(f"Shard {path} cannot be read at byte {start:,}: {error.strerror}.") from None
+        opened = self._opened(shard)
+        location = self._manifest.shards[shard].location
+        start, stop, fault = opened.rows[index].tolist()
+        if fault == Fault.DAMAGED:
+            raise SampleError(Fault.DAMAGED.reason)
+        data = opened.source.read(start, stop - start)
         if len(data) < stop - start:
-            raise DataError(f"Shard {path} ends before byte {stop:,} where the index has a sample: {_REINDEX}")
+            raise DataError(f"Shard {location} ends before byte {stop:,} where the index has a sample: {_REINDEX}")
         try:
-            members = iter_members(lambda at, size: data[at : at + size], len(data), whole=False)
-            samples = list(iter_samples(members))
+            return parse_sample(location, data)
         except TarError as error:
-            raise DataError(f"Shard {path} from byte {start:,} holds no sample ({error} of it): {_REINDEX}") from None
-        if len(samples) != 1:
-            raise DataError(f"Shard {path} from byte {start:,} holds {len(samples)} samples, not 1: {_REINDEX}")
-        found = samples[0]
+            raise DataError(
+                f"Shard {location} from byte {start:,} holds no sample ({error} of it): {_REINDEX}"
+            ) from None
 
-        def content(member: Member | None) -> bytes | None:
-            return None if member is None else data[member.start : member.start + member.size]
+    def read_all(self, shards: Sequence[int], indices: Sequence[int]) -> list[Sample | SampleError]:
+        """Several samples, with an error in the place of one that has a fault; remote ones at the same time."""
 
-        image = next((content(found.members.get(name)) for name in IMAGE_EXTENSIONS if name in found.members), None)
-        text, metadata = content(found.members.get("txt")), content(found.members.get("json"))
-        if image is None or (text is None and metadata is None):
-            raise DataError(f"Shard {path} has no image and caption at key {found.key}: {_REINDEX}")
-        return Sample(str(path), found.key, image, text, metadata)
+        def read(place: tuple[int, int]) -> Sample | SampleError:
+            try:
+                return self.read(*place)
+            except SampleError as error:
+                return error
+
+        places = zip(shards, indices, strict=True)
+        if self._cache or not any(is_remote(self._manifest.shards[shard].location) for shard in set(shards)):
+            return [read(place) for place in places]
+        for shard in set(shards):
+            self._opened(shard)  # not in the threads, which would open it several times
+        self._threads = self._threads or ThreadPoolExecutor(REMOTE_READS)
+        return list(self._threads.map(read, places))
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether there is a cache to bring shards into."""
+        return self._cache is not None
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Starts to bring remote shards into the cache, if there is one."""
+        if self._cache:
+            entries = (self._manifest.shards[shard] for shard in shards if shard not in self._open)
+            remote = [entry for entry in entries if is_remote(entry.location)]
+            self._cache.prefetch((entry.location, entry.bytes, entry.version, entry.sha256) for entry in remote)
 
     def close(self) -> None:
         """Closes every file."""
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
+        for opened in self._open.values():
+            opened.source.close()
         self._open.clear()
 
-    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+    def _opened(self, shard: int) -> _Opened:
         opened = self._open.get(shard)
         if opened is None:
-            if len(self._open) == MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-            entry = self._manifest.shards[shard]
-            check_size(entry)
-            ranges = byte_ranges(entry)
-            try:
-                opened = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC), ranges
-            except OSError as error:
-                raise cannot_open(f"Shard {entry.path}", error) from None
-            self._open[shard] = opened
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)[1].source.close()
+            source = self._source(self._manifest.shards[shard])
+            opened = self._open[shard] = _Opened(source, self._rows(shard, source))
         self._open.move_to_end(shard)
         return opened
 
+    def _source(self, entry: Shard) -> ByteSource:
+        if not is_remote(entry.location):
+            check_size(entry)
+            return open_bytes(entry.location, patience_s=self._patience_s)
+        if self._cache:
+            return self._cache.open(entry.location, entry.bytes, entry.version, entry.sha256)
+        return open_bytes(entry.location, patience_s=self._patience_s, size=entry.bytes, version=entry.version)
 
-def byte_ranges(shard: Shard) -> np.ndarray:
-    """[start, stop) of each usable sample, (n, 2) int64: from the index beside the shard, else by a scan.
-
-    Raises:
-        DataError: The shard does not hold the samples that the manifest counts.
-    """
-    path = index_path(shard.path)
-    if path.is_file():
+    def _rows(self, shard: int, source: ByteSource) -> np.ndarray:
+        entry, path = self._manifest.shards[shard], self._manifest.index_path(shard)
         try:
-            ranges = np.load(path, allow_pickle=False)
+            rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
-            ranges = np.empty(0)
-        if _fits(ranges, shard):
-            return ranges
-    ranges, _ = scan_shard(shard.path)
-    if len(ranges) != shard.samples:
-        raise DataError(
-            f"Shard {shard.path} holds {len(ranges):,} usable samples but the manifest counts {shard.samples:,}: "
-            f"{_REINDEX}"
-        )
-    return ranges
+            rows = np.empty(0)
+        if not _fits(rows, entry):
+            if is_remote(entry.location) and not self._cache:
+                raise DataError(
+                    f"Shard {entry.location} is remote and not indexed, so that its samples cannot be found without "
+                    f"reading all of it: set data.cache, or index it with `python -m data_pipelines index`."
+                )
+            rows = scan(source)
+            if len(rows) != entry.indexed:
+                raise DataError(
+                    f"Shard {entry.location} holds {len(rows):,} samples but the manifest counts {entry.indexed:,}: "
+                    f"{_REINDEX}"
+                )
+            with suppress(DataError):  # a folder that cannot be written to costs a scan each time
+                save_array(path, rows)
+        kept = self._manifest.kept(shard)
+        return rows if kept is None else rows[kept]
 
 
-def _fits(ranges: np.ndarray, shard: Shard) -> bool:
-    if ranges.dtype != np.int64 or ranges.shape != (shard.samples, 2):
+def _fits(rows: np.ndarray, entry: Shard) -> bool:
+    if rows.dtype != np.int64 or rows.shape != (entry.indexed, 3):
         return False
-    edges = ranges.ravel()
-    return len(edges) == 0 or (edges[0] >= 0 and edges[-1] <= shard.bytes and bool(np.all(np.diff(edges) >= 0)))
+    edges = rows[:, :2].ravel()
+    return len(edges) == 0 or (edges[0] >= 0 and edges[-1] <= entry.bytes and bool(np.all(np.diff(edges) >= 0)))
 
 
-def iter_captions(manifest: Manifest) -> Iterator[str]:
-    """The captions of all shards in their order, at most MAX_TRAINING_CAPTIONS; bad ones are passed over."""
+def iter_captions(manifest: Manifest, limit: int = MAX_TRAINING_CAPTIONS) -> Iterator[str]:
+    """Captions, all of them or `limit` spread evenly over the shards; bad ones are passed over."""
     reader = ShardReader(manifest)
-    places = ((shard, index) for shard, entry in enumerate(manifest.shards) for index in range(entry.samples))
     try:
-        for place in islice(places, MAX_TRAINING_CAPTIONS):
+        for number, (shard, index) in enumerate(_places(manifest)):
+            if number * limit // manifest.samples == (number + 1) * limit // manifest.samples:
+                continue  # which never happens where all fit
             with suppress(SampleError):
-                yield reader.read(*place).caption()
+                yield reader.read(shard, index).caption()
     finally:
         reader.close()
+
+
+def _places(manifest: Manifest) -> Iterator[tuple[int, int]]:
+    return ((shard, index) for shard, entry in enumerate(manifest.shards) for index in range(entry.samples))

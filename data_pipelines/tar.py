@@ -54,6 +54,7 @@ class TarSample:
     members: dict[str, Member]  # by lower-case extension, all that follows the name's first dot
     start: int
     stop: int
+    repeated: str = ""  # an extension that came twice: which of the two is meant cannot be told
 
 
 def iter_members(read: Read, size: int, *, whole: bool) -> Iterator[Member]:
@@ -123,9 +124,6 @@ def iter_samples(members: Iterable[Member]) -> Iterator[TarSample]:
     """Groups members into samples: key = path up to the first dot of the file's name.
 
     As in webdataset, files without an extension, hidden files and top-level `__name__` entries belong to no sample.
-
-    Raises:
-        TarError: A sample holds the same extension twice.
     """
     sample: TarSample | None = None
     for member in members:
@@ -137,7 +135,7 @@ def iter_samples(members: Iterable[Member]) -> Iterator[TarSample]:
                 yield sample
             sample = TarSample(key, {}, member.header, member.stop)
         if extension in sample.members:
-            raise TarError(member.header, f"sample {key} holds .{extension} twice,")
+            sample.repeated = extension
         sample.members[extension] = member
         sample.stop = member.stop
     if sample is not None:

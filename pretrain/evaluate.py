@@ -246,7 +246,7 @@ def zero_shot_accuracy(model: VisionLanguageModel, data: HeldoutData, split: Enc
 
 def prompts_beside(data: HeldoutData) -> dict | None:
     """`prompts.json` next to the manifest: the metadata field that names the class, and each class's prompts."""
-    path = data.manifest.folder / "prompts.json"
+    path = data.manifest.path.with_name("prompts.json")
     if not path.exists():
         return None
     try:

@@ -4,7 +4,9 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipelines.batch import BadSample
 from pretrain.config import Config
 from pretrain.errors import StorageError
 
@@ -68,6 +71,15 @@ class Metrics:
             self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
             self._jsonl.flush()
         self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
+
+    def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
+        """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
+        lines = (json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) for sample in samples)
+        with (
+            self._surviving_a_full_disk(),
+            (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write("".join(f"{line}\n" for line in lines))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard alone."""

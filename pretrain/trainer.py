@@ -13,7 +13,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.budget import BadSampleBudget
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
-from data_pipelines.order import DataState
+from data_pipelines.mixture import DataState
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
@@ -77,8 +77,7 @@ class Trainer:
             )
         run = read_run(checkpoint)
         check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
-        self.data_state = DataState.from_dict(run["data"])
-        self.data_state.check_resumable(self.data.initial_state())
+        self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
         self.step = run["step"]
@@ -137,7 +136,7 @@ class Trainer:
                 "learning_rate": rate,
                 "gradient_norm": result.gradient_norm,
                 "temperature": temperature,
-                "epoch": self.data_state.epoch,
+                **self._epochs(),
                 "time/samples_per_s": training.global_batch / step_s,
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
@@ -166,8 +165,14 @@ class Trainer:
             bad = [sample for samples in self.mesh.gather_objects(bad) for sample in samples]
             for sample in bad:
                 self._say(f"step {self.step}: replaced {sample.key} of shard {sample.shard}: {sample.reason}")
-        self.bad_samples.add(bad, total_bad, self.config.training.global_batch)
+            if self.metrics:
+                self.metrics.bad_samples(self.step, bad)
+        self.bad_samples.add(bad, self.config.training.global_batch)
         return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
+
+    def _epochs(self) -> dict[str, float]:
+        epochs = self.data.epochs(self.data_state)
+        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
 
     def _temperature(self) -> float:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
@@ -270,7 +275,7 @@ class Trainer:
         return {
             "ranks": self.mesh.dp_size,
             "micro-batch per rank": self.data.micro_batch_per_rank,
-            "steps per epoch": self.data.steps_per_epoch,
+            **{f"samples of {source.name}": source.manifest.samples for source in self.data.sources},
             "device": str(self.mesh.device),
         }
 

@@ -27,7 +27,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
-    "pretrain.metrics": ("pretrain.config", "pretrain.errors"),
+    "pretrain.metrics": ("pretrain.config", "pretrain.errors", "data_pipelines.batch"),
     "pretrain.retrieval": (),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),

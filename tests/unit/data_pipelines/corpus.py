@@ -87,5 +87,5 @@ def make_corpus(
         write_shard(shards[-1], [change(index, member(index)) for index in range(first, first + size)])
         first += size
     manifest, _ = build_manifest(shards, folder / "manifest.json", processes=1)
-    manifest.save(folder / "manifest.json")
+    manifest.save()
     return Corpus(folder, tokenizer)

@@ -11,10 +11,10 @@ BAD = BadSample("data/00003.tar", "000123", "image cannot be decoded (OSError)")
 
 def test_a_run_goes_on_until_both_allowances_are_used_up():
     budget = BadSampleBudget(2, 0.01)
-    budget.add([BAD], 1, 50)
-    budget.add([BAD, BAD], 2, 50)
+    budget.add([BAD], 50)
+    budget.add([BAD, BAD], 50)
     with pytest.raises(DataError):
-        budget.add([BAD], 1, 0)
+        budget.add([BAD], 0)
     assert (budget.num_bad, budget.num_seen) == (4, 100)
     assert budget.reasons == {BAD.reason: 4}
 
@@ -22,15 +22,8 @@ def test_a_run_goes_on_until_both_allowances_are_used_up():
 def test_the_message_names_counts_reason_key_shard_and_fix():
     budget = BadSampleBudget(0, 0.0)
     with pytest.raises(DataError) as error:
-        budget.add([BAD], 3, 64)
+        budget.add([BAD, BAD, BAD], 64)
     message = str(error.value)
-    for words in ("3 of 64 samples", f"1 x {BAD.reason}", BAD.key, BAD.shard, "data.max_bad_samples (0)"):
+    for words in ("3 of 64 samples", f"3 x {BAD.reason}", BAD.key, BAD.shard, "data.max_bad_samples (0)"):
         assert words in message
     assert "data.max_bad_fraction (0.0)" in message
-
-
-def test_a_rank_without_bad_samples_of_its_own_stops_in_the_same_step():
-    budget = BadSampleBudget(0, 0.0)
-    budget.add([], 0, 64)
-    with pytest.raises(DataError, match="none of them on this rank"):
-        budget.add([], 1, 64)

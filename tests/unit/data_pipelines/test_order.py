@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import time
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.order import DataState, Order, Steps, default_lanes
+from data_pipelines.order import Order, default_lanes
 from data_pipelines.randomness import Purpose, raw
-
-STATE = DataState(epoch=2, grains=48, manifest="ab" * 32, seed=1, grain=4, lanes=4, window=16)
 
 
 @st.composite
@@ -39,27 +36,6 @@ def test_an_epoch_takes_no_sample_twice_and_leaves_out_fewer_than_one_grain_a_la
     assert len(set(taken)) == len(taken)
     assert set(taken) <= {(shard, index) for shard, size in enumerate(sizes) for index in range(size)}
     assert sum(sizes) - len(taken) < order.lanes * order.grain
-
-
-@given(orders(), st.integers(1, 6), st.integers(1, 4))
-def test_positions_are_unique_over_the_run_and_steps_drop_less_than_a_global_batch_more(
-    made: tuple[list[int], Order], per_step: int, accumulation: int
-):
-    sizes, order = made
-    per_step *= accumulation
-    if per_step > order.grains_per_epoch:
-        return
-    steps = Steps(order.grains_per_epoch, per_step, accumulation)
-    per_epoch = steps.per_epoch * per_step * order.grain
-    assert sum(sizes) - per_epoch < order.lanes * order.grain + per_step * order.grain
-    firsts = [
-        order.position(epoch, first + grain)
-        for epoch, first in islice(steps.micro_steps(0, 0), 3 * steps.per_epoch * accumulation)
-        for grain in range(per_step // accumulation)
-    ]
-    assert len(set(firsts)) == len(firsts) == 3 * per_epoch // order.grain
-    assert all(position % order.grain == 0 for position in firsts)
-    assert max(firsts) < 3 * order.grains_per_epoch * order.grain
 
 
 @given(orders(), st.data())
@@ -145,44 +121,3 @@ def test_a_billion_samples_cost_microseconds_and_little_memory():
 def test_too_few_samples_are_an_error_with_all_numbers():
     with pytest.raises(DataError, match=r"10 samples are too few for 4 lanes .* grain of 4: lower data\.grain or"):
         Order([10], seed=0, grain=4, lanes=4, window=8)
-
-
-def test_an_epoch_shorter_than_a_batch_is_an_error_with_both_numbers():
-    with pytest.raises(DataError, match="takes 12 grains but an epoch has only 10: lower global_batch"):
-        Steps(10, 12, 1)
-
-
-def test_a_batch_of_another_size_continues_where_the_last_one_stopped():
-    assert Steps(100, 10, 1).place(0, 42, 0) == (0, 42)
-    assert Steps(100, 10, 1).place(0, 42, 5) == (1, 0)  # 8 grains are left over
-    assert Steps(100, 10, 1).place(0, 100, 0) == (1, 0)
-    assert Steps(100, 30, 1).place(4, 90, 3) == (6, 0)
-
-
-def test_a_state_goes_through_json_unchanged():
-    assert DataState.from_dict(STATE.to_dict()) == STATE
-
-
-@pytest.mark.parametrize("change", [{"epoch": "2"}, {"epoch": True}, {"extra": 1}])
-def test_a_state_that_is_none_is_refused(change: dict[str, object]):
-    with pytest.raises(DataError, match="needs the fields epoch, grains, manifest"):
-        DataState.from_dict(STATE.to_dict() | change)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"manifest": "cd" * 32}, r"data\.train \(saved abababababab, now cdcdcdcdcdcd\)"),
-        ({"seed": 9}, r"seed \(saved 1, now 9\)"),
-        ({"grain": 8}, r"data\.grain \(saved 4, now 8\)"),
-        ({"lanes": 2}, r"data\.lanes \(saved 4, now 2\)"),
-        ({"window": 8, "seed": 9}, r"seed \(saved 1, now 9\), data\.window \(saved 16, now 8\)\. Set these back"),
-    ],
-)
-def test_resuming_in_another_order_names_what_differs_with_both_values(change: dict[str, object], words: str):
-    with pytest.raises(DataError, match=words):
-        STATE.check_resumable(DataState.from_dict(STATE.to_dict() | {"epoch": 0, "grains": 0} | change))
-
-
-def test_resuming_in_the_same_order_is_allowed_from_anywhere():
-    STATE.check_resumable(DataState.from_dict(STATE.to_dict() | {"epoch": 0, "grains": 0}))

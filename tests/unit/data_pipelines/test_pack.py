@@ -59,7 +59,7 @@ def write_table(path: Path, rows: list[Record]) -> None:
 
 def unpacked(out: Path) -> list[Record]:
     """What webdataset's own reader finds."""
-    shards = [str(shard.path) for shard in Manifest.load(out / "manifest.json").shards]
+    shards = [shard.location for shard in Manifest.load(out / "manifest.json").shards]
     dataset = webdataset.WebDataset(shards, shardshuffle=False)
     return [{name: value for name, value in sample.items() if not name.startswith("__")} for sample in dataset]
 

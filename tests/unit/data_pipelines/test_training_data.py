@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from data_pipelines.batch import IGNORE, Batch
 from data_pipelines.errors import DataError
 from data_pipelines.loader import TrainingData
-from data_pipelines.order import DataState
+from data_pipelines.mixture import DataState
 from data_pipelines.workers import BatchDataset, stream
 
 Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
@@ -60,7 +60,7 @@ LAYOUTS = [(1, 1), (1, 2), (1, 3), (1, 6), (2, 1), (2, 3), (3, 1), (3, 2), (6, 1
 
 @pytest.fixture(scope="module")
 def whole(corpus: Corpus) -> list[Rows]:
-    """Three epochs of six steps, from one process."""
+    """More than two epochs, from one process."""
     return global_steps(corpus, corpus.training().initial_state(), 18)
 
 
@@ -90,16 +90,14 @@ def test_a_run_resumed_at_any_step_in_another_layout_gives_exactly_the_rest(
     corpus: Corpus, whole: list[Rows], step: int, layout: tuple[int, int], other_batch: int
 ):
     data = corpus.training()
-    assert data.steps_per_epoch == 6
     state = data.initial_state()
     for _ in range(step):
         state = data.advance(state)
     state = DataState.from_dict(state.to_dict())
     assert global_steps(corpus, state, 3, *layout) == whole[step : step + 3]
-    # Another global batch takes the same samples in the same order, as far as the epoch goes.
-    left = -step % 6
-    smaller = global_steps(corpus, state, left * 24 // other_batch, global_batch=other_batch)
-    assert merged(smaller) == merged(whole[step : step + left])
+    # Another global batch takes the same samples in the same order.
+    others = global_steps(corpus, state, 72 // other_batch, global_batch=other_batch)
+    assert merged(others) == merged(whole[step : step + 3])
 
 
 def test_the_global_order_is_that_of_the_order_object(corpus: Corpus):
@@ -111,10 +109,11 @@ def test_the_global_order_is_that_of_the_order_object(corpus: Corpus):
 
 def test_no_epoch_repeats_a_sample_and_epochs_differ(corpus: Corpus):
     data = corpus.training()
-    batches = list(islice(data.batches(data.initial_state()), 12))
-    first, second = (torch.cat([batch.image_ids for batch in part]).tolist() for part in (batches[:6], batches[6:]))
-    assert len(set(first)) == len(first) == 144
-    assert first != second
+    batches = islice(data.batches(data.initial_state()), 20)
+    images = torch.cat([batch.image_ids for batch in batches]).tolist()
+    epochs = [images[start : start + 160] for start in (0, 160, 320)]  # 164 samples in lanes of whole grains
+    assert all(len(set(epoch)) == 160 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_sample_is_cropped_and_masked_anew_in_each_epoch(corpus: Corpus):
@@ -176,7 +175,7 @@ def test_a_batch_that_does_not_divide_is_an_error_with_every_number(
 def test_a_state_of_other_data_is_refused(corpus: Corpus):
     data = corpus.training()
     with pytest.raises(DataError, match=r"seed \(saved 99, now 7\)"):
-        data.batches(replace(data.initial_state(), seed=99))
+        data.resumed(data.initial_state().model_copy(update={"seed": 99}))
 
 
 # What is broken ----------------------------------------------------------------------------------------------
@@ -253,7 +252,10 @@ def test_a_shard_that_changes_under_a_run_stops_it_with_one_sentence(corpus: Cor
     with pytest.raises(DataError) as error:
         next(data.batches(data.initial_state()))
     message = str(error.value)
-    assert "holds 0 samples, not 1: it has changed since it was indexed; restore it" in message
+    assert (
+        "holds no sample (0 samples instead of one at byte 0 of it): it has changed since it was indexed; restore it"
+        in message
+    )
     assert "\n" not in message
     assert "Traceback" not in message
 
