@@ -284,7 +284,7 @@ def _count_parquet(content: bytes) -> int:
 def _nothing_usable(shards: int, report: Report) -> DataError:
     reasons = Counter(drop.reason for drop in report.faults) + report.filtered
     why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5))
-    first = f"; the first: {report.faults[0].key or report.faults[0].shard}" if report.faults else ""
+    first = f"; the first is {report.faults[0].key} in {report.faults[0].shard}" if report.faults else ""
     return DataError(
         f"No usable sample in {shards:,} shards ({why or 'they are empty'}{first}): a sample needs an image "
         f"({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."

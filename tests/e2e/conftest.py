@@ -24,7 +24,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def tiny_run(corpus: Path, output: Path) -> dict[str, Any]:
-    """A config whose epoch is 13 steps, and loses 18 samples."""
+    """A config that takes its corpus twice and a little more."""
     return {
         "output": str(output),
         "data": {
