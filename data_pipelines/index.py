@@ -11,9 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,9 @@ import numpy as np
 from data_pipelines.errors import DataError
 from data_pipelines.filters import Duplicates, Filters
 from data_pipelines.manifest import Manifest, Shard, index_folder, index_name, normalised, relative, save_array
+from data_pipelines.parallel import each_done
 from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
-from data_pipelines.scan import READ_AHEAD, FeatureFields, features, key_at, scan
+from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
 from data_pipelines.storage import ByteSource, describe, is_remote, open_bytes
 
 
@@ -68,7 +67,7 @@ class _Scan:
         source = None
         try:
             if not fresh:
-                source = _ReadAhead(open_bytes(location, patience_s=self.patience_s), is_remote(location))
+                source = ReadAhead(open_bytes(location, patience_s=self.patience_s), is_remote(location))
                 rows = scan(source)
                 if described is not None:
                     assert self.names is not None
@@ -134,7 +133,11 @@ def build_manifest(
     names = filters.fields if filters.need_features else None
     job = _Scan(index_folder(path), path, names, checksums, patience_s)
     places = [str(place) if is_remote(str(place)) else str(normalised(Path(place))) for place in locations]
-    scanned = _map(job, places, processes, on_shard)
+    by_number: dict[int, _Scanned] = {}
+    for number, found in each_done(job, places, processes):
+        by_number[number] = found
+        on_shard()
+    scanned = [by_number[number] for number in range(len(places))]
     report = Report(
         faults=[drop for found in scanned for drop in found.dropped], reused=sum(found.reused for found in scanned)
     )
@@ -187,26 +190,6 @@ def sha256_of(source: ByteSource) -> str:
     for offset in range(0, source.size, READ_AHEAD):
         digest.update(source.read(offset, READ_AHEAD))
     return digest.hexdigest()
-
-
-def _map(job: _Scan, places: list[str], processes: int | None, on_shard: Callable[[], None]) -> list[_Scanned]:
-    processes = min(processes or len(os.sched_getaffinity(0)), len(places))
-    if processes <= 1:
-        results: list[_Scanned] = []
-        for place in places:
-            results.append(job(place))
-            on_shard()
-        return results
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures: list[Future[_Scanned]] = [pool.submit(job, place) for place in places]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                on_shard()
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
 
 
 def _apply(filters: Filters, names: FeatureFields | None, scanned: list[_Scanned], report: Report) -> list[np.ndarray]:
@@ -289,24 +272,3 @@ def _nothing_usable(shards: int, report: Report) -> DataError:
         f"No usable sample in {shards:,} shards ({why or 'they are empty'}{first}): a sample needs an image "
         f"({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
     )
-
-
-class _ReadAhead:
-    """A source whose small reads of a remote object come out of large ones."""
-
-    def __init__(self, source: ByteSource, remote: bool):
-        self._source, self._block = source, READ_AHEAD if remote else 0
-        self.size, self.version = source.size, source.version
-        self._start, self._bytes = 0, b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        if size >= self._block:
-            return self._source.read(offset, size)
-        at = offset - self._start
-        if at < 0 or at + size > len(self._bytes):
-            self._start, self._bytes = offset, self._source.read(offset, self._block)
-            at = 0
-        return self._bytes[at : at + size]
-
-    def close(self) -> None:
-        self._source.close()

@@ -39,6 +39,27 @@ class FeatureFields:
     language: str = ""
 
 
+class ReadAhead:
+    """A source whose small reads of a remote object come out of large ones."""
+
+    def __init__(self, source: ByteSource, remote: bool):
+        self._source, self._block = source, READ_AHEAD if remote else 0
+        self.size, self.version = source.size, source.version
+        self._start, self._bytes = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        if size >= self._block:
+            return self._source.read(offset, size)
+        at = offset - self._start
+        if at < 0 or at + size > len(self._bytes):
+            self._start, self._bytes = offset, self._source.read(offset, self._block)
+            at = 0
+        return self._bytes[at : at + size]
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def scan(source: ByteSource) -> np.ndarray:
     """(n, 3) int64: start, stop and Fault of every sample of a tar, in their order.
 
