@@ -1,22 +1,36 @@
-"""Captions to token ids: sentencepiece trained on the captions, or any Hugging Face tokenizer."""
+"""Captions to token ids: sentencepiece trained on the captions, or any Hugging Face tokenizer.
+
+A word, for masks of whole words, begins at a space; in scripts that are written without spaces every piece is one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from data_pipelines.errors import DataError, cannot_open
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPACE = "\u2581"  # sentencepiece's sign for the space that begins a word
+# Scripts written without spaces between words: kana, bopomofo, Han ideographs and their extensions.
+_CJK_RANGES = "\u3005-\u3007\u3040-\u312f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CJK = re.compile(f"[{_CJK_RANGES}]")
+_OTHER_LETTER = re.compile(rf"[^\W\d_{_CJK_RANGES}]")
+_ROLES = ("pad", "unk", "cls", "sep", "mask")
 
 
 class Tokenizer(ABC):
@@ -102,7 +116,7 @@ class SentencePieceTokenizer(Tokenizer):
             "mask": by_piece.get("[MASK]", -1),
         }
         if missing := [name for name, i in ids.items() if i < 0]:
-            raise _lacks(path, missing)
+            raise _lacks(path, missing, "train one with `python -m data_pipelines tokenizer`")
         if not self._processor.IsControl(ids["mask"]):
             raise DataError(
                 f"{path} has [MASK] as ordinary text, so that a caption could contain it: train the model with "
@@ -111,49 +125,136 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids.values()
         special = (self._processor.IsControl, self._processor.IsUnknown, self._processor.IsUnused)
         self.special_ids = frozenset(i for i in range(self.vocab_size) if any(is_kind(i) for is_kind in special))
-        self._starts_word = np.array([piece.startswith(_SPACE) or _has_cjk(piece) for piece in vocabulary])
+        self._starts_word = np.array([piece.startswith(_SPACE) for piece in vocabulary])
+        self._is_word = np.array([_CJK.search(piece) is not None for piece in vocabulary])
+        self._is_space = np.array([piece == _SPACE for piece in vocabulary])
 
     def pieces(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         ids = np.array(self._processor.EncodeAsIds(caption), dtype=np.int64)
-        return ids, self._starts_word[ids]
+        return ids, _split_words(self._starts_word[ids], self._is_word[ids], self._is_space[ids])
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """The fast tokenizer of a folder that transformers loads; the workers then need `tokenizers` alone."""
 
     def __init__(self, path: Path):
-        from transformers import AutoTokenizer  # takes seconds, and most runs use sentencepiece
-
-        try:
-            wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self._backend = wrapper.backend_tokenizer
-        except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception
-            raise DataError(
-                f"{path} holds no Hugging Face tokenizer with a tokenizer.json ({type(error).__name__}): save one "
-                f"there with `save_pretrained`."
-            ) from None
-        names = ("pad", "unk", "cls", "sep", "mask")
-        ids = {name: getattr(wrapper, f"{name}_token_id") for name in names}
-        if missing := [name for name, i in ids.items() if i is None]:
-            raise _lacks(path, missing)
+        wrapper, self._backend = _load_wrapper(path)
+        ids = {role: getattr(wrapper, f"{role}_token_id") for role in _ROLES}
+        fix = f"give it its own with `python -m data_pipelines adopt {path} -o FOLDER`"
+        if missing := [role for role, i in ids.items() if i is None]:
+            raise _lacks(path, missing, fix)
+        for role, i in ids.items():
+            if shared := [other for other in _ROLES if ids[other] == i and other != role]:
+                token = getattr(wrapper, f"{role}_token")
+                raise DataError(f"The tokenizer at {path} has {token} both as {role} and as {shared[0]} token: {fix}.")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids.values()
         self.special_ids = frozenset(wrapper.all_special_ids)
         self.vocab_size = max(len(wrapper), wrapper.vocab_size)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "[MASK]" in a caption is text like any other
-        self._is_cjk = np.array([_has_cjk(self._backend.id_to_token(i) or "") for i in range(self.vocab_size)])
+        # Some models hold their special tokens as ordinary pieces, too.
+        self._as_text = np.arange(self.vocab_size)
+        self._as_text[list(self.special_ids)] = self.unk_id
+        texts = self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        self._is_fragment = np.array(["\ufffd" in text for text in texts])  # bytes of a character, but not all of them
+        self._is_word = np.array([_CJK.search(text) is not None for text in texts])
+        tokens = [self._backend.id_to_token(i) for i in range(self.vocab_size)]
+        self._is_space = np.array([token in (_SPACE, "\u0120") for token in tokens])  # the latter's is GPT-2's
         self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def pieces(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self._backend.encode(caption, add_special_tokens=False)
         words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
-        starts = np.diff(words, prepend=-2) != 0
-        ids = np.array(encoding.ids, dtype=np.int64)
-        return ids, starts | self._is_cjk[ids]
+        ids = self._as_text[np.array(encoding.ids, dtype=np.int64)]
+        starts, is_word = np.diff(words, prepend=-2) != 0, self._is_word[ids]
+        is_fragment = self._is_fragment[ids]
+        if not is_fragment.any():
+            return ids, _split_words(starts, is_word, self._is_space[ids])
+        firsts = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
+        is_fragment &= [_CJK.match(caption, first) is not None for first in firsts]
+        starts = _split_words(starts, is_word | is_fragment, self._is_space[ids])
+        starts[1:] &= ~is_fragment[1:] | (np.diff(firsts) != 0)  # a character is not torn apart
+        return ids, starts
 
 
-def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) -> None:
+@dataclass(frozen=True)
+class Coverage:
+    """How a tokenizer suits captions. Shares are of 1."""
+
+    captions: int
+    unknown_share: float  # of the pieces
+    cut_share: float  # of the captions: longer than the text length
+    mean_pieces: float  # of a caption, without special tokens, as the five below
+    median_pieces: int
+    p95_pieces: int
+    p99_pieces: int
+    max_pieces: int
+    pieces_per_word: float | None  # in captions without CJK characters, words being what stands between spaces
+    pieces_per_cjk_character: float | None  # in captions with CJK characters and no other letters
+    vocabulary_share: float  # of the pieces of text: those that occur
+    unknown_characters: tuple[tuple[str, int], ...]  # the most frequent ones, and how often they occur
+
+
+def coverage(tokenizer: Tokenizer, captions: Iterable[str], text_length: int) -> Coverage:
+    """Measures a tokenizer on captions, which are read once and not kept.
+
+    Args:
+        tokenizer: To measure.
+        captions: As training reads them.
+        text_length: Tokens of a caption (L), [CLS] and [SEP] included.
+
+    Raises:
+        DataError: There are no captions.
+    """
+    lengths: Counter[int] = Counter()
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    is_unknown: dict[str, bool] = {}
+    unknown_characters: Counter[str] = Counter()
+    spaced, unspaced = [0, 0], [0, 0]  # pieces, and words or characters
+    for caption in captions:
+        ids, _ = tokenizer.pieces(caption)
+        lengths[len(ids)] += 1
+        np.add.at(counts, ids, 1)
+        if not _CJK.search(caption):
+            spaced[0] += len(ids)
+            spaced[1] += len(caption.split())
+        elif not _OTHER_LETTER.search(caption):
+            unspaced[0] += len(ids)
+            unspaced[1] += len(_CJK.findall(caption))
+        if tokenizer.unk_id in ids:
+            for character in caption:
+                if character not in is_unknown:
+                    is_unknown[character] = tokenizer.unk_id in tokenizer.pieces(character)[0]
+                unknown_characters[character] += is_unknown[character]
+    num_captions, num_pieces = lengths.total(), int(counts.sum())
+    if not num_captions:
+        raise DataError("There are no captions to measure the tokenizer on: give a manifest that has some.")
+    ordered = sorted(lengths)
+    reached = np.cumsum([lengths[length] for length in ordered])
+
+    def percentile(share: float) -> int:
+        return ordered[int(np.searchsorted(reached, math.ceil(share * num_captions)))]
+
+    return Coverage(
+        captions=num_captions,
+        unknown_share=int(counts[tokenizer.unk_id]) / max(1, num_pieces),
+        cut_share=sum(count for length, count in lengths.items() if length > text_length - 2) / num_captions,
+        mean_pieces=num_pieces / num_captions,
+        median_pieces=percentile(0.5),
+        p95_pieces=percentile(0.95),
+        p99_pieces=percentile(0.99),
+        max_pieces=ordered[-1],
+        pieces_per_word=spaced[0] / spaced[1] if spaced[1] else None,
+        pieces_per_cjk_character=unspaced[0] / unspaced[1] if unspaced[1] else None,
+        vocabulary_share=float(np.mean(counts[tokenizer.ordinary_ids] > 0)),
+        unknown_characters=tuple((c, n) for c, n in unknown_characters.most_common(20) if n),
+    )
+
+
+def train_sentencepiece(
+    captions: Iterable[str], path: Path, vocab_size: int, *, character_coverage: float = 0.99995
+) -> None:
     """Trains a byte-pair model on captions and writes it to `path`. The same captions give the same bytes.
 
     Byte-pair merges make a piece of every frequent word. A unigram model only considers pieces that occur in two
@@ -161,6 +262,14 @@ def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) ->
 
     Text is case-folded and normalised (NFKC): captions differ in case by accident. The special tokens are control
     symbols, which no caption can contain. A small corpus may fill fewer than `vocab_size` pieces.
+
+    Args:
+        captions: All are held in memory: 2,000,000 Chinese ones of 30 characters take 2.4 GiB and 40 s. Those
+            over 4,192 bytes are passed over.
+        path: File to write.
+        vocab_size: Pieces, at most.
+        character_coverage: Share of the text whose characters become pieces; the rarest others are unknown. Of
+            sentencepiece's own 0.9995, the remainder is a character in every third caption where a tenth are Chinese.
 
     Raises:
         DataError: There is too little text, or `vocab_size` is smaller than the alphabet.
@@ -174,6 +283,7 @@ def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) ->
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             normalization_rule_name="nmt_nfkc_cf",
+            character_coverage=character_coverage,
             byte_fallback=False,
             num_threads=1,  # the sums of several threads would differ in their last digits
             pad_id=PAD,
@@ -199,9 +309,6 @@ def train_sentencepiece(captions: Iterable[str], path: Path, vocab_size: int) ->
 def export_tokenizer(model: Path, folder: Path) -> None:
     """Writes a sentencepiece model as a fast Hugging Face tokenizer with the same ids, for `AutoTokenizer`."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
@@ -210,38 +317,98 @@ def export_tokenizer(model: Path, folder: Path) -> None:
     # sentencepiece merges two neighbours whenever their union is a piece, the earliest piece first.
     splits = ((piece[:cut], piece[cut:]) for piece in ids for cut in range(1, len(piece)))
     merges = [(left, right) for left, right in splits if left in ids and right in ids]
-    backend = Backend(BPE(ids, merges, unk_token=_SPECIAL_PIECES[UNK], fuse_unk=True))
+    backend = Backend(models.BPE(ids, merges, unk_token=_SPECIAL_PIECES[UNK], fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
         [
+            # Precompiled looks up a letter and its marks as one and loses marks: a control character, which it
+            # removes, keeps apart what does not compose to one character.
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"(?=[\p{M}\u200c\u200d\x{1F3FB}-\x{1F3FF}])"), "\x01"),
             normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
-            normalizers.Strip(),
+            normalizers.Replace(Regex("^ +| +$"), ""),  # Strip would take other white space, which sentencepiece keeps
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
     pad, unk, cls, sep, mask = _SPECIAL_PIECES
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=[(cls, CLS), (sep, SEP)]
-    )
+    backend.post_processor = _template(backend, cls, sep)
     wrapper = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
     )
     wrapper.save_pretrained(folder)
 
 
-def _has_cjk(piece: str) -> bool:
-    # Scripts written without spaces between words: kana, Han ideographs and their extensions.
-    return any(
-        "\u3040" <= c <= "\u30ff" or "\u3400" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" or c >= "\U00020000"
-        for c in piece
+def adopt_tokenizer(folder: Path, out: Path) -> list[str]:
+    """Writes a Hugging Face tokenizer that has all five special tokens, each with an id of its own.
+
+    What stands at the beginning and the end of a text, if anything does, serves as [CLS] and [SEP]. Tokens that are
+    missing, or already serve another purpose, get the ids after the last.
+
+    Returns:
+        The tokens that were added.
+
+    Raises:
+        DataError: `folder` holds no fast tokenizer, or `out` is not empty.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is already there: remove it, or name another folder for the tokenizer.")
+    wrapper, backend = _load_wrapper(folder)
+    taken: dict[str, str] = {}
+    added: list[str] = []
+    for role in ("unk", "cls", "sep", "pad", "mask"):  # [UNK] first: it must be what the model itself says
+        names = {"cls": ("cls", "bos"), "sep": ("sep", "eos")}.get(role, (role,))
+        found = (getattr(wrapper, f"{name}_token") for name in names)
+        token = next((token for token in found if token is not None and token not in taken.values()), None)
+        if token is None:
+            token = f"[{role.upper()}]"
+            added.append(token)
+        taken[role] = token
+    wrapper.add_special_tokens({f"{role}_token": token for role, token in taken.items()})
+    backend.post_processor = _template(backend, taken["cls"], taken["sep"])
+    # No class of its own any more: some build their tokenizer anew and would put other tokens around a text.
+    others = [token for token in wrapper.all_special_tokens if token not in taken.values()]
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{f"{role}_token": token for role, token in taken.items()},
+        extra_special_tokens=others,
+    ).save_pretrained(out)
+    return added
+
+
+def _template(backend: Backend, cls: str, sep: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
     )
 
 
-def _lacks(path: Path, missing: list[str]) -> DataError:
+def _load_wrapper(path: Path):
+    from transformers import AutoTokenizer  # takes seconds, and most runs use sentencepiece
+
+    try:
+        wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return wrapper, wrapper.backend_tokenizer
+    except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception
+        raise DataError(
+            f"{path} holds no Hugging Face tokenizer with a tokenizer.json ({type(error).__name__}): save one "
+            f"there with `save_pretrained`."
+        ) from None
+
+
+def _split_words(starts: np.ndarray, is_word: np.ndarray, is_space: np.ndarray) -> np.ndarray:
+    # All (n,) bool. A piece that is a word ends the one before it; a bare space begins the word that follows.
+    starts = starts | is_word
+    starts[1:] = (starts[1:] | is_word[:-1]) & ~is_space[:-1]
+    return starts
+
+
+def _lacks(path: Path, missing: list[str], fix: str) -> DataError:
     return DataError(
-        f"The tokenizer at {path} has no {', '.join(missing)} token, which masked language modelling needs: train one "
-        f"with `python -m data_pipelines tokenizer`, or add the tokens to this one."
+        f"The tokenizer at {path} has no {', '.join(missing)} token, which masked language modelling needs: {fix}."
     )
 
 

@@ -1,17 +1,33 @@
 """Tokenizers give [CLS] pieces [SEP], know where words begin, and cannot be tricked by a caption."""
 
 import errno
+import json
 import shutil
+import tracemalloc
+import unicodedata
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 from corpus import caption
-from transformers import AutoTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from data_pipelines.errors import DataError
-from data_pipelines.tokenizer import Tokenizer, export_tokenizer, train_sentencepiece
+from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer, coverage, export_tokenizer, train_sentencepiece
 
 CAPTIONS = [
     *(caption(index) for index in range(200)),
@@ -24,11 +40,36 @@ CAPTIONS = [
     ),
     *("", "\u00a0", "a\tb\nc", "\U0001f600 circle", "unknown\u2581sign"),
 ]
+ENGLISH = [f"a {colour} {thing}" for colour, thing in product(("red", "green", "blue"), ("circle", "star", "phone"))]
+CHINESE = [
+    f"{number}{colour}的{thing}。"
+    for number, colour, thing in product(("一只", "两个"), ("红色", "绿色", "蓝色"), ("圆圈", "星星", "手机"))
+]
+MIXED = [*ENGLISH, *CHINESE, *(f"{chinese} {english}" for chinese, english in zip(CHINESE, ENGLISH, strict=False))] * 3
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def mixed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixed") / "t.model"
+    train_sentencepiece(MIXED, path, 130)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(mixed_path: Path) -> Tokenizer:
+    return Tokenizer.load(mixed_path)
+
+
+@pytest.fixture(scope="module")
+def mixed_exported(mixed_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("mixed_exported")
+    export_tokenizer(mixed_path, folder)
+    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +104,74 @@ def test_pieces_with_cjk_characters_are_words_of_their_own(tmp_path: Path):
     _, starts = Tokenizer.load(tmp_path / "t.model").pieces("\u5c71\u96ea")
     assert len(starts) >= 2
     assert starts[-2:].all()
+
+
+def words(tokenizer: Tokenizer, text: str) -> list[int]:
+    """How many pieces each word has."""
+    _, starts = tokenizer.pieces(text)
+    assert starts[0]
+    return np.diff(np.flatnonzero(starts), append=len(starts)).tolist()
+
+
+def test_chinese_and_english_share_a_vocabulary_in_which_frequent_words_are_pieces(mixed: Tokenizer, mixed_path: Path):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(mixed_path))
+    assert model.EncodeAsPieces("a blue phone") == ["\u2581a", "\u2581blue", "\u2581phone"]
+    assert {"手机", "红色", "星星"} < {model.IdToPiece(i) for i in range(mixed.vocab_size)}
+    assert all(mixed.unk_id not in mixed.pieces(text)[0] for text in MIXED)
+
+
+def test_a_space_belongs_to_the_word_after_it_even_as_a_piece_of_its_own(mixed: Tokenizer):
+    assert mixed.pieces("圆")[0].size == 2  # the space that begins a text, and the character
+    assert words(mixed, "圆") == [2]
+    assert words(mixed, "red 圆") == [1, 2]
+
+
+def test_a_latin_word_between_chinese_characters_is_a_word_of_its_own(mixed: Tokenizer):
+    assert mixed.pieces("red手机phone手机")[0].size == 5  # without a space before it, "phone" is two
+    assert words(mixed, "red手机phone手机") == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "text", [*CHINESE[:3], *ENGLISH[:3], "A\u3000\uff32\uff45\uff44 circle", "一只红色的圆圈。A Red STAR"]
+)
+def test_text_comes_back_normalised_and_folded(text: str, mixed: Tokenizer, mixed_path: Path):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(mixed_path))
+    back = model.Decode(mixed.pieces(text)[0].tolist())
+    assert back == unicodedata.normalize("NFKC", text).casefold()
+
+
+def test_rare_chinese_characters_among_english_captions_are_known(tmp_path: Path):
+    rare = "雪山水火木"
+    captions = [*(caption(index) for index in range(3000)), *([rare] * 8)]
+    assert 8 * len(rare) < 0.0005 * sum(len(text) for text in captions)  # of which sentencepiece would keep none
+    train_sentencepiece(captions, tmp_path / "t.model", 100)
+    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    assert tokenizer.unk_id not in tokenizer.pieces(rare)[0]
+
+
+# Letters of many scripts, under marks that compose and marks that do not; wide forms, spaces, special tokens.
+SCRIPTS = st.lists(
+    st.one_of(
+        st.text([*"一只红色的圆圈手机。々ーのカ한국 aBcÉßİΣЖ"], max_size=3),
+        st.tuples(
+            st.sampled_from([*"一のカ国 aBcÉßİΣЖ1#"]),
+            st.sampled_from([*"\u0301\u0304\u0323\u3099\ufe0f\u200d\u20e3\U0001f3fb"]),
+        ).map("".join),
+        st.sampled_from([*"\uff21\uff11\uff01\uff0c\uff5e\ufb01①\u3000\u00a0\u0085\u200b\u2028\t\n\u2581\U0001f600"]),
+        st.sampled_from(["红色", "手机", "phone", " red ", "[MASK]", "</s>", " "]),
+        st.characters(categories=("Lu", "Ll", "Lo", "Nd", "Po", "So", "Zs")),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=SCRIPTS)
+def test_the_exported_tokenizer_gives_the_same_ids_and_words_in_any_script(
+    text: str, mixed: Tokenizer, mixed_exported: Tokenizer
+):
+    for ours, theirs in zip(mixed.pieces(text), mixed_exported.pieces(text), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_special_tokens_have_fixed_ids_and_no_text(tokenizer: Tokenizer):
@@ -189,3 +298,154 @@ def test_a_tokenizer_that_cannot_be_opened_is_an_error_in_one_sentence(
         DataError, match=r"^Tokenizer .* cannot be opened \(Permission denied\): see that you may read it"
     ):
         Tokenizer.load(tokenizer_path)
+
+
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        ENGLISH, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    )
+    return backend
+
+
+def word_piece(*special: str) -> Backend:
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=110, special_tokens=list(special), show_progress=False)
+    backend.train_from_iterator(MIXED, trainer)
+    return backend
+
+
+def bert() -> PreTrainedTokenizerBase:
+    return BertTokenizer(vocab=word_piece("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]").get_vocab())
+
+
+def without_mask() -> PreTrainedTokenizerBase:
+    backend = word_piece("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def gpt2() -> PreTrainedTokenizerBase:
+    model = json.loads(byte_level().to_str())["model"]
+    return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def clip() -> PreTrainedTokenizerBase:
+    pieces = [*pre_tokenizers.ByteLevel.alphabet(), "re", "red</w>"]
+    pieces += [f"{piece}</w>" for piece in pieces[:-2]] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("r", "e"), ("re", "d</w>")])
+
+
+def unigram() -> PreTrainedTokenizerBase:
+    """Like T5's: no [CLS], and the end of a text is an ordinary piece of the model, too."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=110, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(MIXED, trainer)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize(
+    ("make", "added"),
+    [
+        (bert, []),
+        (without_mask, ["[MASK]"]),
+        (gpt2, ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]),
+        (clip, ["[SEP]", "[PAD]", "[MASK]"]),
+        (unigram, ["[CLS]", "[MASK]"]),
+    ],
+)
+def test_an_adopted_tokenizer_has_every_special_token_and_its_pieces_as_they_were(
+    make, added: list[str], tmp_path: Path
+):
+    original = make()
+    original.save_pretrained(tmp_path / "in")
+    if added:
+        with pytest.raises(DataError, match=r"`python -m data_pipelines adopt \S+in -o FOLDER`\.$"):
+            Tokenizer.load(tmp_path / "in")
+    assert adopt_tokenizer(tmp_path / "in", tmp_path / "out") == added
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    special = {tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id}
+    assert len(special) == 5
+    assert special <= tokenizer.special_ids
+    assert tokenizer.vocab_size == len(original) + len(added)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("a red circle", "一只红色的手机。"):
+        pieces = tokenizer.pieces(text)[0].tolist()
+        assert pieces == original(text, add_special_tokens=False)["input_ids"]
+        assert theirs(text)["input_ids"] == [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+    hostile = "".join(theirs.all_special_tokens) + "</s> \U0010fffd"
+    assert set(tokenizer.pieces(hostile)[0].tolist()) & tokenizer.special_ids <= {tokenizer.unk_id}
+
+
+@pytest.mark.parametrize("make", [gpt2, clip, bert])
+def test_the_bytes_of_a_chinese_character_are_one_word_whatever_the_tokenizer(make, tmp_path: Path):
+    make().save_pretrained(tmp_path / "in")
+    adopt_tokenizer(tmp_path / "in", tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    size = 1 if make is bert else 3  # pieces of a character
+    found = words(tokenizer, "圆圈red手机")
+    assert (len(found), found[:2], found[3:]) == (5, [size] * 2, [size] * 2)
+    assert len(words(tokenizer, "naïve")) == 1
+
+
+def test_a_token_that_serves_two_purposes_is_refused_and_adopting_mends_it(tmp_path: Path):
+    wrapper = without_mask()
+    wrapper.mask_token, wrapper.pad_token = "[SEP]", "[PAD]"
+    wrapper.save_pretrained(tmp_path / "in")
+    with pytest.raises(DataError, match=r"has \[SEP\] both as sep and as mask token: give it its own with `python"):
+        Tokenizer.load(tmp_path / "in")
+    assert adopt_tokenizer(tmp_path / "in", tmp_path / "out") == ["[MASK]"]
+    Tokenizer.load(tmp_path / "out")
+
+
+def test_adopting_overwrites_nothing_and_needs_a_tokenizer(tmp_path: Path):
+    bert().save_pretrained(tmp_path / "in")
+    with pytest.raises(DataError, match=r"in is already there: remove it, or name another folder"):
+        adopt_tokenizer(tmp_path / "in", tmp_path / "in")
+    with pytest.raises(DataError, match="holds no Hugging Face tokenizer"):
+        adopt_tokenizer(tmp_path, tmp_path / "out")
+
+
+def test_coverage_counts_pieces_words_characters_and_what_is_unknown(mixed: Tokenizer):
+    captions = ["a red circle"] * 96 + ["一只手机。", "雪雪 wx", "a red star a red star", "a blue star 红色"]
+    sizes = [mixed.pieces(text)[0].size for text in captions]
+    found = coverage(mixed, captions, 6)
+    assert (found.captions, found.mean_pieces, found.max_pieces) == (100, sum(sizes) / 100, max(sizes))
+    assert (found.median_pieces, found.p95_pieces) == (3, 3)
+    assert found.p99_pieces == sorted(sizes)[98]
+    assert found.cut_share == sum(size > 4 for size in sizes) / 100
+    assert found.pieces_per_word == 1.0  # of those without Chinese
+    assert found.pieces_per_cjk_character == sizes[96] / 4  # of the one that is Chinese alone
+    unknown = sum(mixed.pieces(text)[0].tolist().count(mixed.unk_id) for text in captions)
+    assert unknown > 0
+    assert found.unknown_share == unknown / sum(sizes)
+    assert found.unknown_characters == (("雪", 2), ("w", 1), ("x", 1))
+    used = {i for text in captions for i in mixed.pieces(text)[0].tolist()} - {mixed.unk_id}
+    assert found.vocabulary_share == len(used) / len(mixed.ordinary_ids)
+
+
+def test_coverage_knows_no_ratio_of_what_does_not_occur(mixed: Tokenizer):
+    assert coverage(mixed, ["红色"], 6).pieces_per_word is None
+    assert coverage(mixed, ["red"], 6).pieces_per_cjk_character is None
+    with pytest.raises(DataError, match="no captions to measure the tokenizer on: give a manifest"):
+        coverage(mixed, [], 6)
+
+
+def test_coverage_keeps_no_captions(mixed: Tokenizer):
+    def captions() -> Iterator[str]:
+        yield from (f"a red circle {number}" * 20 for number in range(1000))
+
+    tracemalloc.start()
+    coverage(mixed, captions(), 6)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000  # bytes; the captions have 300,000
