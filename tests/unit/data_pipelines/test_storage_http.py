@@ -1,0 +1,347 @@
+"""Shards on a web server: the bytes are right or the run stops with a reason, whatever the server does."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from http_server import Fault, ShardServer, etag
+
+from data_pipelines import storage
+from data_pipelines.errors import DataError
+from data_pipelines.storage import describe, expand, open_bytes
+
+ROOT = Path(__file__).parents[3]
+CONTENT = np.random.default_rng(0).bytes(10_000)
+PATIENCE_S = 2.0
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ShardServer()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 10), (17, 4000), (9_990, 500), (10_000, 5), (0, 10_000), (3, 0)])
+def test_any_range_is_what_lies_there_and_shorter_only_at_the_end(offset: int, size: int, server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S)
+    assert source.size == len(CONTENT)
+    assert source.read(offset, size) == CONTENT[offset : offset + size]
+
+
+def test_a_large_read_is_cut_into_requests_of_limited_size(server: ShardServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "CHUNK", 4000)
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    assert source.read(0, len(CONTENT)) == CONTENT
+    assert [request.range for request in server.requests] == ["bytes=0-3999", "bytes=4000-7999", "bytes=8000-9999"]
+
+
+def test_a_file_of_known_size_is_opened_without_a_request(server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version=etag(CONTENT))
+    assert server.requests == []
+    assert describe(url) == (len(CONTENT), etag(CONTENT))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503),
+        Fault(status=500),
+        Fault(status=429),
+        Fault(status=408),
+        Fault(reset=True),
+        Fault(cut_after=0),
+        Fault(cut_after=700),
+        Fault(stall_s=5),
+        Fault(content_length=-300),
+        Fault(content_length=300),
+        Fault(body=CONTENT[1000:1700]),
+        Fault(body=CONTENT[1000:1700], without_length=True),
+        Fault(body=CONTENT[1000:3001]),
+        Fault(body=CONTENT[1000:3001], without_length=True),
+        Fault(body=b"x" * 2001, without_length=True),
+        Fault(body=b"", without_length=True),
+        Fault(body=CONTENT[:2000], content_range=f"bytes 0-1999/{len(CONTENT)}"),
+        Fault(content_range="bytes"),
+        Fault(content_range=f"bytes 1000-999/{len(CONTENT)}", body=b""),
+    ],
+    ids=str,
+)
+def test_a_passing_fault_changes_no_byte(fault: Fault, server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.append(fault)
+    assert source.read(1000, 2000) == CONTENT[1000:3000]
+    assert len(server.requests) == 2
+
+
+def test_a_read_goes_on_from_where_its_connection_was_cut(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.extend([Fault(cut_after=700), Fault(cut_after=200)])
+    assert source.read(0, 2000) == CONTENT[:2000]
+    assert [request.range for request in server.requests] == ["bytes=0-1999", "bytes=700-1999", "bytes=900-1999"]
+
+
+def test_an_answer_of_fewer_bytes_than_asked_for_is_taken_and_the_rest_asked_for(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.append(Fault(body=CONTENT[:500], content_range=f"bytes 0-499/{len(CONTENT)}"))
+    assert source.read(0, 2000) == CONTENT[:2000]
+    assert [request.range for request in server.requests] == ["bytes=0-1999", "bytes=500-1999"]
+
+
+def test_a_slow_answer_is_waited_for_as_long_as_bytes_come(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=4, size=len(CONTENT))
+    server.delay_s = 0.6  # together longer than the second that a request without a byte gets
+    server.faults.append(Fault(stall_s=0.6))
+    assert source.read(0, 2000) == CONTENT[:2000]
+    assert len(server.requests) == 1
+
+
+def test_each_attempt_waits_longer_than_the_one_before(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.extend([Fault(status=503)] * 4)
+    assert source.read(0, 10) == CONTENT[:10]
+    times = np.array([request.time_s for request in server.requests])
+    assert np.all(np.diff(times) >= [0.05, 0.1, 0.2, 0.4])
+
+
+def test_a_server_that_says_when_to_come_back_is_obeyed(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.append(Fault(status=503, retry_after="1"))
+    assert source.read(0, 10) == CONTENT[:10]
+    assert server.requests[1].time_s - server.requests[0].time_s >= 1
+
+
+def test_a_server_that_stays_away_ends_the_patience_with_url_byte_attempts_and_reason(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=0.5, size=len(CONTENT))
+    server.always = Fault(status=503)
+    began = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        source.read(1000, 10)
+    assert time.monotonic() - began < 1.5
+    message = f"Shard {server.url}/a.tar cannot be read at byte 1,000: {len(server.requests)} attempts in "
+    assert str(caught.value).startswith(message)
+    assert "the last one: the server answered 503 Service Unavailable. See that its server" in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_named(server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    server.stop()
+    with pytest.raises(DataError, match=r"a\.tar cannot be opened: \d attempts in .*Connect call failed"):
+        describe(url, patience_s=0.3)
+
+
+def test_every_new_byte_renews_the_patience(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=0.3, size=len(CONTENT))
+    server.always = Fault(cut_after=1000)
+    began = time.monotonic()
+    assert source.read(0, len(CONTENT)) == CONTENT
+    assert time.monotonic() - began > 0.3
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, r"a\.tar cannot be found \(the server answered 404 Not Found\): put it back"),
+        (410, r"a\.tar cannot be found"),
+        (403, r"a\.tar may not be read \(the server answered 403 Forbidden\): see that the credentials"),
+        (401, r"a\.tar may not be read"),
+        (400, r"a\.tar cannot be read \(the server answered 400 Bad Request\): see that its URL is right"),
+    ],
+)
+def test_what_no_attempt_would_change_is_said_at_once(status: int, message: str, server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.always = Fault(status=status)
+    with pytest.raises(DataError, match=message):
+        source.read(0, 10)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CONTENT[::-1], r"has 10,000 bytes \(version {now}\) but had 10,000 bytes \(version {then}\) when it was ind"),
+        (CONTENT[:-1], r"it has 9,999 bytes .* but had 10,000 bytes"),
+        (CONTENT[:50], r"it ends before byte 100 but had 10,000 bytes"),
+    ],
+    ids=["other bytes", "shorter by one", "ends before the read"],
+)
+def test_a_file_that_has_changed_is_an_error_with_both_values(content: bytes, message: str, server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    known = open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version=etag(CONTENT))
+    opened = open_bytes(url, patience_s=PATIENCE_S)
+    assert opened.read(100, 10) == CONTENT[100:110]
+    server.put("a.tar", content)
+    message = message.format(now=etag(content), then=etag(CONTENT))
+    for source in (known, opened):
+        with pytest.raises(DataError, match=rf"a\.tar has changed: .*{message}.*write the manifest again"):
+            source.read(100, 10)
+
+
+def test_a_change_between_two_parts_of_one_read_is_met(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.append(Fault(cut_after=700))
+    server.faults.append(Fault(status=503, retry_after="1"))
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(source.read, 0, 2000)
+        while len(server.requests) < 2:
+            time.sleep(0.01)
+        server.put("a.tar", CONTENT[::-1])
+        with pytest.raises(DataError, match="has changed"):
+            read.result()
+
+
+def test_without_etags_the_time_of_change_is_the_version(server: ShardServer):
+    server.has_etags, server.modified = False, "Sun, 22 Nov 2026 10:00:00 GMT"
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S)
+    assert source.version == server.modified
+    server.modified = "Sun, 22 Nov 2026 11:00:00 GMT"
+    with pytest.raises(DataError, match=r"version Sun, 22 Nov 2026 11:00:00 GMT\) but had"):
+        source.read(0, 10)
+    server.modified = ""
+    assert describe(f"{server.url}/a.tar") == (len(CONTENT), "")
+
+
+def test_a_server_that_ignores_ranges_is_refused_before_it_has_sent_the_file(server: ShardServer):
+    content = bytes(64 << 20)
+    source = open_bytes(server.put("a.tar", content), patience_s=PATIENCE_S, size=len(content))
+    server.always = Fault(ignores_range=True)
+    with pytest.raises(DataError, match=r"a\.tar cannot be read in parts, because its server ignores range requests: "):
+        source.read(0, 10)
+    assert len(server.requests) == 1
+    assert server.sent < len(content)
+
+
+def test_an_empty_file_is_said_to_be_empty(server: ShardServer):
+    with pytest.raises(DataError, match=r"a\.tar is empty"):
+        describe(server.put("a.tar", b""))
+
+
+def test_bytes_are_those_that_are_stored_even_where_they_are_compressed(server: ShardServer):
+    source = open_bytes(server.put("a.tar.gz", CONTENT), patience_s=PATIENCE_S)
+    server.always = Fault(encoding="gzip")
+    assert source.read(100, 10) == CONTENT[100:110]
+    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
+
+
+def test_a_redirection_is_followed(server: ShardServer):
+    url = server.put("new.tar", CONTENT)
+    server.faults.append(Fault(status=302, location=url))
+    source = open_bytes(f"{server.url}/old.tar", patience_s=PATIENCE_S, size=len(CONTENT))
+    assert source.read(5, 10) == CONTENT[5:15]
+    assert [request.path for request in server.requests] == ["/old.tar", "/new.tar"]
+
+
+@pytest.mark.parametrize("fault", [Fault(status=404), Fault(status=503), Fault(ignores_range=True)], ids=str)
+def test_passwords_and_signatures_are_sent_and_not_printed(fault: Fault, server: ShardServer):
+    server.put("a.tar", CONTENT)
+    secret = f"http://user:pass@127.0.0.1:{server.port}/a.tar?X-Signature=sesame&token=t"
+    assert describe(secret) == (len(CONTENT), etag(CONTENT))
+    assert "Authorization" in server.requests[0].headers
+    assert "sesame" in server.requests[0].path
+    server.always = fault
+    with pytest.raises(DataError) as caught:
+        describe(secret, patience_s=0.2)
+    assert f"Shard http://127.0.0.1:{server.port}/a.tar?... " in str(caught.value)
+    assert not [word for word in ("user", "pass", "sesame", "token") if word in str(caught.value)]
+
+
+def test_a_url_that_is_none_and_a_protocol_that_nobody_knows_are_named():
+    with pytest.raises(DataError, match=r"Shard http:// cannot be opened \(.*\): mend the URL"):
+        describe("http://")
+    with pytest.raises(DataError, match=r"foo://bar/a\.tar cannot be opened .*foo.*such as https://, s3:// or gs://"):
+        describe("foo://bar/a.tar")
+
+
+def test_shards_of_a_web_server_are_named_one_by_one_or_by_braces():
+    names = [f"https://host/{number:05d}.tar?x=1" for number in range(3)]
+    assert expand(["https://host/{00000..00002}.tar?x=1", names[1]]) == names
+    for pattern in ("https://user:pw@host/*.tar", "https://host/folder/", "https://host/[ab].tar"):
+        with pytest.raises(DataError, match=r"^https://host/\S+ cannot be listed, .* or use braces"):
+            expand([pattern])
+
+
+def test_many_threads_read_one_source_at_once(server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    server.faults.extend([Fault(cut_after=40), Fault(status=503), Fault(reset=True)] * 3)
+    offsets = range(0, 9000, 90)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda offset: source.read(offset, 100), offsets))
+    assert found == [CONTENT[offset : offset + 100] for offset in offsets]
+
+
+def run(script: str, *arguments: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+def test_importing_storage_starts_no_thread_and_loads_nothing_heavy():
+    script = """
+import sys, threading
+import data_pipelines.storage as storage
+assert not storage.is_remote("/a.tar") and storage.expand([sys.executable])
+print(threading.active_count(), sorted({"fsspec", "aiohttp", "asyncio", "s3fs", "torch", "numpy"} & set(sys.modules)))
+"""
+    assert run(script) == "1 []\n"
+
+
+FORKS = """
+import multiprocessing, sys
+from data_pipelines.storage import open_bytes
+
+def read(source, offset):
+    return source.read(offset, 5)
+
+if __name__ == "__main__":
+    source = open_bytes(sys.argv[1], patience_s=2, size=10_000)
+    if sys.argv[2] == "fork":
+        source.read(0, 5)  # the event loop runs when the child is forked
+    context = multiprocessing.get_context(sys.argv[2])
+    if sys.argv[2] == "forkserver":
+        context.set_forkserver_preload(["data_pipelines.storage"])
+    with context.Pool(2) as pool:
+        children = pool.starmap(read, [(source, 10 * number) for number in range(4)], chunksize=1)
+        print(children == [source.read(10 * number, 5) for number in range(4)])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_processes_read_what_their_parent_reads(method: str, server: ShardServer, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(FORKS)
+    url = server.put("a.tar", CONTENT)
+    process = subprocess.run(
+        [sys.executable, str(script), url, method],
+        env={"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.stdout, process.stderr) == ("True\n", "")
+
+
+def test_a_missing_package_is_named_with_the_command_that_brings_it(server: ShardServer):
+    script = """
+import sys
+sys.modules["aiohttp"] = None
+from data_pipelines.errors import DataError
+from data_pipelines.storage import describe
+try:
+    describe(sys.argv[1])
+except DataError as error:
+    print(error)
+"""
+    said = run(script, server.put("a.tar", CONTENT))
+    assert said.startswith(f"Reading {server.url}/a.tar needs more packages (")
+    assert "`pip install 'vlm-pretraining-toolkit[remote]'` brings" in said

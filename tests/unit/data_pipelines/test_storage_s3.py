@@ -1,0 +1,205 @@
+"""Shards in S3: a real server on loopback, and one that passes its answers on badly."""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import fsspec.config
+import numpy as np
+import pytest
+from http_server import Fault, ShardServer, etag
+from moto.server import ThreadedMotoServer
+
+from data_pipelines import storage
+from data_pipelines.errors import DataError
+from data_pipelines.storage import ByteSource, describe, expand, open_bytes
+
+CONTENT = np.random.default_rng(0).bytes(10_000)
+URL = "s3://corpus/train/00001.tar"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """Speaks to a real server of S3; its address is `client.meta.endpoint_url`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="nobody",
+        aws_secret_access_key="nothing",
+    )
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def proxy(client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
+    """What is read goes through here, faultless unless told otherwise."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    values = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "nothing", "DEFAULT_REGION": "us-east-1"}
+    files = {"CONFIG_FILE": "/dev/null", "SHARED_CREDENTIALS_FILE": "/dev/null"}
+    for name, value in (values | files | {"EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client.create_bucket(Bucket="corpus")
+    for name in ("00000.tar", "00001.tar", "00002.tar", "x[1].tar", "notes.txt"):
+        put(client, name, CONTENT)
+    address = urlsplit(client.meta.endpoint_url)
+    assert address.hostname
+    assert address.port
+    server = ShardServer(upstream=(address.hostname, address.port))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    yield server
+    server.stop()
+    storage._filesystems.clear()
+
+
+@pytest.fixture
+def source(proxy: ShardServer) -> ByteSource:
+    """An object whose client is there: making one takes longer than these tests give a request."""
+    describe(URL)
+    proxy.requests.clear()
+    return open_bytes(URL, patience_s=2, size=len(CONTENT), version=etag(CONTENT))
+
+
+def put(client: Any, name: str, content: bytes, **options: str) -> None:
+    client.put_object(Bucket="corpus", Key=f"train/{name}", Body=content, **options)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 10), (17, 4000), (9_990, 500), (10_000, 5)])
+def test_any_range_of_an_object_is_what_lies_there(offset: int, size: int, source: ByteSource):
+    assert source.size == len(CONTENT)
+    assert source.read(offset, size) == CONTENT[offset : offset + size]
+
+
+def test_an_object_is_described_by_its_size_and_etag_and_then_opened_without_a_request(proxy: ShardServer):
+    size, version = describe(URL)
+    assert (size, version) == (len(CONTENT), etag(CONTENT))
+    assert len(proxy.requests) == 1
+    open_bytes(URL, patience_s=2, size=size, version=version)
+    assert len(proxy.requests) == 1
+
+
+def test_patterns_are_names_folders_globs_and_braces():
+    every = [f"s3://corpus/train/{name}.tar" for name in ("00000", "00001", "00002", "x[1]")]
+    assert expand(["s3://corpus/train"]) == every
+    assert expand(["s3://corpus/train/"]) == every
+    assert expand(["s3://corpus/train/*.tar"]) == every
+    assert expand(["s3://corpus/**/0000?.tar", every[1]]) == every[:3]
+    assert expand(["s3://corpus/train/{00000..00002}.tar"]) == every[:3]
+    assert expand(["s3://corpus/train/x[1].tar"]) == every[3:]
+    assert expand(["s3://corpus/train/notes.txt"]) == ["s3://corpus/train/notes.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["s3://corpus/train/9*.tar", "s3://corpus/none", "s3://no-bucket/*.tar"])
+def test_a_pattern_that_matches_nothing_is_named(pattern: str):
+    with pytest.raises(DataError, match=r"^No shards at s3://.*: give tar files, a folder of them"):
+        expand([pattern])
+
+
+def test_new_objects_are_seen_by_the_next_listing(client: Any):
+    put(client, "growing/0.tar", CONTENT)
+    assert expand(["s3://corpus/train/growing"]) == ["s3://corpus/train/growing/0.tar"]
+    put(client, "growing/1.tar", CONTENT)
+    assert len(expand(["s3://corpus/train/growing"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [("s3://corpus/train/none.tar", "key does not exist"), ("s3://no-bucket/a.tar", "bucket does not exist")],
+)
+def test_a_missing_object_or_bucket_is_said_at_once(location: str, reason: str, proxy: ShardServer):
+    with pytest.raises(DataError, match=rf"Shard {location} cannot be found \(the server answered 404 .*{reason}"):
+        describe(location)
+    assert len(proxy.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(CONTENT[::-1], "10,000 bytes .* but had 10,000"), (CONTENT[:-1], "9,999 bytes .* but had 10,000")],
+    ids=["other bytes", "shorter"],
+)
+def test_an_object_that_has_changed_is_an_error_with_both_values(
+    content: bytes, message: str, client: Any, source: ByteSource
+):
+    put(client, "00001.tar", content)
+    with pytest.raises(DataError, match=rf"has changed: it has {message} bytes \(version {etag(CONTENT)}\) when"):
+        source.read(0, 10)
+
+
+def test_an_object_that_now_ends_before_the_read_has_changed(client: Any, source: ByteSource):
+    put(client, "00001.tar", CONTENT[:50])
+    with pytest.raises(DataError, match=r"has changed: it ends before byte 100 but had 10,000 bytes"):
+        source.read(100, 10)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503),
+        Fault(status=500),
+        Fault(status=429),
+        Fault(reset=True),
+        Fault(cut_after=700),
+        Fault(cut_after=0),
+        Fault(stall_s=5),
+        Fault(content_length=300),
+        Fault(body=CONTENT[1000:1700]),
+        Fault(body=CONTENT[1000:3001], without_length=True),
+        Fault(body=CONTENT[:2000], content_range=f"bytes 0-1999/{len(CONTENT)}"),
+    ],
+    ids=str,
+)
+def test_a_passing_fault_changes_no_byte(fault: Fault, proxy: ShardServer, source: ByteSource):
+    proxy.faults.append(fault)
+    assert source.read(1000, 2000) == CONTENT[1000:3000]
+    assert len(proxy.requests) == 2
+
+
+def test_a_read_goes_on_from_where_its_connection_was_cut(proxy: ShardServer, source: ByteSource):
+    proxy.faults.extend([Fault(cut_after=700)])
+    assert source.read(0, 2000) == CONTENT[:2000]
+    assert [request.range for request in proxy.requests] == ["bytes=0-1999", "bytes=700-1999"]
+
+
+def test_a_store_that_stays_away_ends_the_patience_with_every_attempt_counted(proxy: ShardServer, source: ByteSource):
+    impatient = open_bytes(URL, patience_s=0.5, size=source.size)
+    proxy.always = Fault(status=503, retry_after="0")
+    with pytest.raises(DataError, match=rf"{URL} cannot be read at byte 7: (\d+) attempts .* answered 503") as caught:
+        impatient.read(7, 5)
+    assert f": {len(proxy.requests)} attempts" in str(caught.value)
+
+
+def test_a_listing_waits_out_a_passing_fault(proxy: ShardServer):
+    proxy.faults.append(Fault(status=503))
+    assert len(expand(["s3://corpus/train/0*.tar"])) == 3
+    assert not proxy.faults
+
+
+def test_a_refusal_is_said_at_once_with_the_fix(proxy: ShardServer):
+    proxy.always = Fault(status=403)
+    with pytest.raises(DataError, match=rf"{URL} may not be read \(.*403.*\): see that the credentials are set"):
+        describe(URL)
+    assert len(proxy.requests) == 1
+
+
+def test_missing_credentials_are_named_with_the_ways_to_give_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(DataError, match=r"needs credentials \(.*\): set AWS_PROFILE, .* FSSPEC_S3_ANON=true"):
+        describe(URL)
+
+
+def test_settings_of_the_user_for_s3_hold(monkeypatch: pytest.MonkeyPatch, client: Any, proxy: ShardServer):
+    put(client, "00001.tar", CONTENT, ACL="public-read")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True, "config_kwargs": {"user_agent_extra": "from-config"}})
+    assert describe(URL) == (len(CONTENT), etag(CONTENT))
+    assert "Authorization" not in proxy.requests[0].headers
+    assert "from-config" in proxy.requests[0].headers["User-Agent"]
