@@ -74,7 +74,7 @@ class Assembler:
             choose_box = partial(self.augmentation.box, position=position, caption=caption)
         pixels = decode_crop(sample.image, choose_box, self.image_size)
         return {
-            "images": pixels.transpose(2, 0, 1),
+            "images": pixels.transpose(2, 0, 1),  # a view; np.stack, too, leaves the pixels as they lie
             "text": ids,
             "masked_text": masked,
             "masked_positions": positions,

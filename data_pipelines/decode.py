@@ -1,6 +1,8 @@
 """Compressed bytes to RGB pixels, as little work as the crop allows.
 
-A plain JPEG is decoded by simplejpeg at the smallest DCT scale that still covers the crop, and resized by OpenCV.
+A plain JPEG is decoded by simplejpeg at the smallest DCT scale that still covers the crop, of those that are a power
+of two: libjpeg-turbo decodes the others without SIMD, 5/8 takes longer than the whole. What is left to shrink, mostly
+less than twofold, is OpenCV's, whose INTER_AREA would take longer than the decoding (docs/measurements.md).
 All else (PNG, WebP, CMYK and slightly damaged JPEG) goes through Pillow; transparency is laid over white. The EXIF
 orientation is ignored, as img2dataset, CLIP and torchvision do: web images have theirs applied when downloaded.
 """
@@ -39,18 +41,29 @@ def decode_crop(data: bytes, choose_box: ChooseBox, size: int) -> np.ndarray:
         SampleError: Not an image, damaged, or too large.
     """
     crop, flip = _crop_jpeg(data, choose_box, size) or _crop_any(data, choose_box)
-    height, width = crop.shape[:2]
-    if (height, width) != (size, size):
-        shrinks = height >= size and width >= size
-        crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    if flip:
-        crop = crop[:, ::-1]
-    return np.ascontiguousarray(crop)
+    if crop.shape[:2] != (size, size):
+        crop = _resized(crop, size)
+    return cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
 
 
 def check_image(data: bytes) -> None:
     """Raises SampleError where `decode_crop` would; decodes the whole image."""
-    decode_crop(data, lambda height, width: Box(0, 0, height, width), 8)
+    _ = _crop_jpeg(data, _whole, 1) or _crop_any(data, _whole)
+
+
+def _whole(height: int, width: int) -> Box:
+    return Box(0, 0, height, width)
+
+
+def _resized(crop: np.ndarray, size: int) -> np.ndarray:
+    shrink = max(crop.shape[:2]) / size
+    if shrink <= 2:  # two pixels a side see all of what they stand for, and up to 1.5 four are sharper
+        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC if shrink <= 1.5 else cv2.INTER_LINEAR)
+    import torch  # takes a second, and packing never resizes
+
+    pixels = torch.tensor(crop).permute(2, 0, 1)[None]
+    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    return pixels[0].permute(1, 2, 0).numpy()
 
 
 def _crop_jpeg(data: bytes, choose_box: ChooseBox, size: int) -> tuple[np.ndarray, bool] | None:
@@ -63,19 +76,11 @@ def _crop_jpeg(data: bytes, choose_box: ChooseBox, size: int) -> tuple[np.ndarra
             return None
         _check_pixels(height, width)
         box = choose_box(height, width)
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            min_height=_at_least(height, size, box.height),
-            min_width=_at_least(width, size, box.width),
-        )
+        eighths = next((k for k in (1, 2, 4) if min(box.height, box.width) * k >= 8 * size), 8)
+        pixels = simplejpeg.decode_jpeg(data, min_height=-(-height * eighths // 8), min_width=-(-width * eighths // 8))
     except ValueError:
         return None  # Pillow forgives what can be forgiven, such as stray bytes between segments
     return _cut(pixels, box, height, width), box.flip
-
-
-def _at_least(side: int, size: int, box_side: int) -> int:
-    # Pixels the whole side needs so that the box still has `size` of its own; 1 lets libjpeg choose its smallest.
-    return max(1, -(-side * size // box_side))
 
 
 def _cut(pixels: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:

@@ -51,14 +51,17 @@ def test_a_crop_is_what_pillow_makes_of_it(form: str, box: Box, size: int):
     assert difference.max() < 24
 
 
-@pytest.mark.parametrize("box", [*boxes[1:3], Box(40, 60, 120, 400), Box(60, 40, 400, 120)])
+# Whole pixels at every scale: a shift by half a pixel would blur the comparison.
+@pytest.mark.parametrize(
+    "box", [Box(48, 96, 304, 280), Box(8, 8, 120, 112, True), Box(40, 64, 120, 400), Box(64, 40, 400, 120)]
+)
 def test_decoding_at_a_smaller_scale_loses_no_detail_of_the_crop(box: Box):
     blocks = np.random.default_rng(0).integers(0, 2, (60, 80, 1), dtype=np.uint8).repeat(8, 0).repeat(8, 1) * 255
     data = encoded(Image.fromarray(blocks.repeat(3, 2)), "JPEG", quality=95)
     for size in (48, 64, 100):
         pixels, expected = decode_crop(data, lambda height, width: box, size), reference(data, box, size)
         assert pixels.std() == pytest.approx(expected.std(), rel=0.12)
-        assert np.abs(pixels - expected).mean() < 0.2 * expected.std()
+        assert np.abs(pixels - expected).mean() < 0.16 * expected.std()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
