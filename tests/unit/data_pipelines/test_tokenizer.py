@@ -342,7 +342,7 @@ def clip() -> PreTrainedTokenizerBase:
 
 
 def unigram() -> PreTrainedTokenizerBase:
-    """Like T5's: no [CLS], and the end of a text is an ordinary piece of the model, too."""
+    """Like T5's: no [CLS], the end of a text is an ordinary piece of the model, too, and one more special token."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -350,7 +350,7 @@ def unigram() -> PreTrainedTokenizerBase:
     )
     backend.train_from_iterator(MIXED, trainer)
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, extra_special_tokens=["<extra>"])
 
 
 @pytest.mark.parametrize(
@@ -376,6 +376,7 @@ def test_an_adopted_tokenizer_has_every_special_token_and_its_pieces_as_they_wer
     special = {tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id}
     assert len(special) == 5
     assert special <= tokenizer.special_ids
+    assert {original.convert_tokens_to_ids(token) for token in original.all_special_tokens} <= tokenizer.special_ids
     assert tokenizer.vocab_size == len(original) + len(added)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("a red circle", "一只红色的手机。"):
@@ -394,6 +395,7 @@ def test_the_bytes_of_a_chinese_character_are_one_word_whatever_the_tokenizer(ma
     size = 1 if make is bert else 3  # pieces of a character
     found = words(tokenizer, "圆圈red手机")
     assert (len(found), found[:2], found[3:]) == (5, [size] * 2, [size] * 2)
+    assert words(tokenizer, "圆 圆")[1] in (size, 1 + size)  # with a piece for the space, or without
     assert len(words(tokenizer, "naïve")) == 1
 
 
