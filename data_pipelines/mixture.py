@@ -136,7 +136,7 @@ class DataState(Section):
             if name not in run.sources:
                 continue
             now, where = run.sources[name], f" of {name}" if len(run.sources) > 1 else ""
-            pairs += [(f"data.train's manifest{where}", saved.manifest[:12], now.manifest[:12])]
+            pairs += [(f"data.train{where}", saved.manifest[:12], now.manifest[:12])]
             pairs += [(f"data.lanes{where}", saved.lanes, now.lanes), (f"data.window{where}", saved.window, now.window)]
         differing = [f"{key} (saved {saved}, now {now})" for key, saved, now in pairs if saved != now]
         if gone:

@@ -98,7 +98,7 @@ def changed(**source: object) -> DataState:
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        (changed(manifest="cd" * 32), r"data\.train's manifest \(saved abababababab, now cdcdcdcdcdcd\)"),
+        (changed(manifest="cd" * 32), r"data\.train \(saved abababababab, now cdcdcdcdcdcd\)"),
         (STATE.model_copy(update={"seed": 9}), r"seed \(saved 1, now 9\)"),
         (STATE.model_copy(update={"grain": 8}), r"data\.grain \(saved 4, now 8\)"),
         (changed(lanes=2), r"data\.lanes \(saved 4, now 2\)"),
