@@ -6,30 +6,41 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from data_pipelines.command_line import parser
 from data_pipelines.errors import DataError, UserError
 
-_CONSOLE = Console(stderr=True)
+if TYPE_CHECKING:
+    from data_pipelines.sources import Part
+
+_CONSOLE, _OUT = Console(stderr=True), Console()
+_MAX_ROWS = 20  # of a table of reasons
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, or that of the user's error."""
-    options = _parser().parse_args(arguments)
+    """Runs a command and returns the exit code: 0, that of the user's error, or 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        return _COMMANDS[options.command](options) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -110,26 +121,172 @@ def _filters(options: argparse.Namespace):
     )
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"write FIELD=VALUE, not {text!r}")
-    return name, value
-
-
-def _range(text: str) -> tuple[int, int]:
-    fewest, colon, most = text.partition(":")
-    try:
-        return int(fewest or 0), int(most or sys.maxsize) if colon else int(fewest)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"write FEWEST:MOST, as in 5:1000, not {text!r}") from None
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise DataError(f"--min-score {text} is no number: write FIELD=NUMBER, such as similarity=0.28.") from None
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data_pipelines.sources import name_sources
+    from data_pipelines.verify import verify, write_problems
+
+    part = _part(options)
+    sources = part.of(name_sources(options.sources))
+    first = Path(options.sources[0])
+    listing = options.output or (
+        first.with_name(f"{first.stem}.problems.jsonl") if first.suffix == ".json" else Path("problems.jsonl")
+    )
+    listing = _of_part(listing, part)
+    start = time.perf_counter()
+    with _progress("verifying", len(sources), "shards") as advance:
+        found = verify(sources, processes=options.processes, on_shard=advance)
+    passed_s = time.perf_counter() - start
+    write_problems(listing, found.problems)
+    speed = f"{found.samples / passed_s:,.0f} samples/s, {found.bytes / passed_s / 1e6:,.0f} MB/s"
+    print(f"{found.samples:,} samples in {found.shards:,} shards: {len(found.problems):,} problems ({speed})")
+    if not found.problems:
+        return 0
+    _print_counts(Counter(problem.reason for problem in found.problems), "reason", "problems")
+    print(f"{listing} lists them; leave them out with `python -m data_pipelines index ... --exclude {listing}`.")
+    return 4
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from data_pipelines.census import merge_parts, take_census
+    from data_pipelines.manifest import write_atomically
+    from data_pipelines.sources import WHOLE, load_sources, name_sources
+
+    part = _part(options)
+    if options.merge:
+        census = merge_parts(options.merge)
+    else:
+        with TemporaryDirectory() as scratch:
+            if options.sample is None:
+                sources = name_sources(options.sources)
+            else:
+                _at_least_one(options.sample, "--sample")
+                sources = load_sources(options.sources, Path(scratch), processes=options.processes)
+            with _progress("counting", len(part.of(sources)), "shards") as advance:
+                census = take_census(
+                    sources,
+                    limit=options.sample,
+                    language_field=options.language_field,
+                    part=part,
+                    processes=options.processes,
+                    on_shard=advance,
+                )
+    if part != WHOLE:
+        path = _of_part(options.output.with_suffix(".npz"), part)
+        census.save_part(path, part)
+        print(f"{path}: {census.samples:,} samples; add the parts up with `python -m data_pipelines stats --merge`")
+        return
+    content = census.to_dict()
+    write_atomically(
+        options.output, lambda tmp: tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    )
+    _print_census(content)
+    print(f"{options.output}: the same as JSON")
+
+
+def _print_census(content: dict[str, Any]) -> None:
+    print(f"{content['samples']:,} samples in {content['shards']:,} shards of {content['bytes'] / 1e9:,.2f} GB")
+    table = Table()
+    table.add_column("", no_wrap=True)
+    measured = {name: value for name, value in content.items() if isinstance(value, dict) and "mean" in value}
+    for name in next(iter(measured.values())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, numbers in measured.items():
+        table.add_row(name.replace("_", " "), *map(_short, numbers.values()))
+    _OUT.print(table)
+    for kind, numbers in content["duplicates"].items():
+        print(f"{numbers['repeated']:,} {kind} equal an earlier one, in {numbers['groups']:,} groups")
+    for title, unit in (("formats", "images"), ("languages", "captions"), ("unusable", "samples")):
+        _print_counts(Counter(content[title]), title, unit)
+
+
+def _short(number: float) -> str:
+    for unit, name in ((10**9, "G"), (10**6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3f} {name}"
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from data_pipelines.contact_sheet import contact_sheet
+    from data_pipelines.inspection import inspect
+    from data_pipelines.manifest import write_atomically
+    from data_pipelines.report import html_report
+    from data_pipelines.sources import load_sources
+
+    _at_least_one(options.samples, "--samples")
+    with TemporaryDirectory() as scratch:
+        sources = load_sources(options.sources, Path(scratch), processes=options.processes)
+        with _progress("counting", len(sources), "shards") as advance:
+            found = inspect(
+                options.sources,
+                sources,
+                samples=options.samples,
+                seed=options.seed,
+                processes=options.processes,
+                on_shard=advance,
+            )
+    sheet, missing = contact_sheet(found.pictures)
+    page, picture = options.output / "report.html", options.output / "contact_sheet.png"
+    write_atomically(picture, lambda tmp: sheet.save(tmp, "PNG"))
+    write_atomically(page, lambda tmp: tmp.write_text(html_report(found), encoding="utf-8"))
+    print(f"{page} and {picture.name}: {len(found.pictures):,} of {found.total:,} samples")
+    print(f"one core decodes {found.samples_per_s:,.0f} samples/s, {found.mb_per_s:,.1f} MB/s")
+    if missing:
+        print(
+            f"No font here has {len(missing):,} of the characters, which {picture.name} shows as escapes: install one "
+            f"that has them, such as Debian's fonts-noto-cjk."
+        )
+    _print_counts(found.census.unusable, "unusable", "samples")
+
+
+def _reshard(options: argparse.Namespace) -> None:
+    from data_pipelines.index import build_manifest
+    from data_pipelines.reshard import Resharding
+    from data_pipelines.sources import WHOLE, load_sources
+
+    _at_least_one(options.samples_per_shard, "--samples-per-shard")
+    part, folder, manifest = _part(options), options.output, options.output / "manifest.json"
+    with TemporaryDirectory() as scratch:
+        sources = load_sources(options.sources, Path(scratch), processes=options.processes)
+        job = Resharding(tuple(sources), folder, options.samples_per_shard, options.seed)
+        job.start()
+        ours = part.of(range(job.num_shards))
+        with _progress("writing", len(ours), "shards") as advance:
+            written = job.write(part=part, processes=options.processes, on_shard=advance)
+    table = Table("", "samples", "shards")
+    table.add_row("sources", f"{job.samples:,}", f"{len(sources):,}")
+    table.add_row(str(folder), f"{job.samples:,}", f"{job.num_shards:,}")
+    _OUT.print(table)
+    print(f"{written:,} of {len(ours):,} shards were written, the others were there")
+    if part == WHOLE:
+        shards = [job.path(shard) for shard in range(job.num_shards)]
+        made, _ = build_manifest(shards, manifest, processes=options.processes)
+        made.save()
+        print(f"{manifest}: {made.samples:,} samples in {len(shards):,} shards")
+    else:
+        print(f"When all parts are done: python -m data_pipelines index {folder} -o {manifest}")
+
+
+def _part(options: argparse.Namespace):
+    from data_pipelines.sources import WHOLE, Part
+
+    return Part.parse(options.shard) if options.shard else WHOLE
+
+
+def _of_part(path: Path, part: Part) -> Path:
+    return path if part.count == 1 else path.with_name(f"{path.stem}.{part.name}{path.suffix}")
+
+
+def _at_least_one(number: int, option: str) -> None:
+    if number < 1:
+        raise DataError(f"{option} {number} is too small: give 1 or more.")
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
@@ -151,6 +308,17 @@ def _tokenizer(options: argparse.Namespace) -> None:
         print(f"{options.export}: the same as a Hugging Face tokenizer")
 
 
+def _print_counts(counts: Counter[str], *titles: str) -> None:
+    if counts:
+        table = Table(titles[0])
+        table.add_column(titles[1], justify="right")
+        for name, count in counts.most_common(_MAX_ROWS):
+            table.add_row(Text(name), f"{count:,}")
+        if len(counts) > _MAX_ROWS:
+            table.add_row(f"{len(counts) - _MAX_ROWS:,} others", f"{sum(sorted(counts.values())[:-_MAX_ROWS]):,}")
+        _OUT.print(table)
+
+
 def _print_reasons(reasons: Counter[str], title: str) -> None:
     if reasons:
         _CONSOLE.print(f"{title}:", soft_wrap=True, highlight=False)
@@ -158,7 +326,7 @@ def _print_reasons(reasons: Counter[str], title: str) -> None:
         table.add_column("reason")
         table.add_column("count", justify="right")
         for reason, count in reasons.most_common():
-            table.add_row(reason, f"{count:,}")
+            table.add_row(Text(reason), f"{count:,}")
         _CONSOLE.print(table)
 
 
@@ -170,84 +338,16 @@ def _progress(title: str, total: int | None, unit: str):
         yield lambda: progress.advance(task)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines",
-        description="Prepare image-text data for pretraining. Shards are plain WebDataset tars: key.jpg, key.txt "
-        "and, if you like, key.json. A manifest lists them once and for all; training reads the manifest.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    plain = argparse.ArgumentDefaultsHelpFormatter
-
-    demo = commands.add_parser(
-        "demo", formatter_class=plain, help="draw a small corpus to try everything with (half a minute)"
-    )
-    demo.description = "Draws scenes of two coloured shapes with captions that say how they stand to each other."
-    demo.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    demo.add_argument("--train", type=int, default=20_000, help="training samples")
-    demo.add_argument("--heldout", type=int, default=512, help="held-out samples")
-    demo.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    demo.add_argument("--vocab-size", type=int, default=512, help="pieces of the tokenizer, at most")
-    demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
-    demo.set_defaults(run=_demo)
-
-    pack = commands.add_parser(
-        "pack", formatter_class=plain, help="turn a folder or a table of images and captions into shards"
-    )
-    pack.description = (
-        "SOURCE is a folder of images, each with a .txt of the same name, or a .csv, .tsv, .jsonl or .parquet with a "
-        "column of image paths and one of captions. Rows that cannot be used are listed in OUT/rejected.jsonl."
-    )
-    pack.add_argument("source", type=Path, metavar="SOURCE", help="folder or table")
-    pack.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their manifest")
-    pack.add_argument("--image-column", default="image", help="column of paths, absolute or relative to the table")
-    pack.add_argument("--caption-column", default="caption", help="column of captions; the others become json")
-    pack.add_argument("--samples-per-shard", type=int, default=10_000, help="a shard of 10,000 is about 300 MB")
-    pack.set_defaults(run=_pack)
-
-    index = commands.add_parser(
-        "index", formatter_class=plain, help="write the manifest of existing shards (from img2dataset, say)"
-    )
-    index.description = (
-        "Reads the headers of every shard once, leaves out samples without an image or a caption, and says which. "
-        "Filters read whole samples. What was read is kept in a folder beside the manifest, so that a second run, "
-        "after an interruption or with other thresholds, takes seconds."
-    )
-    index.add_argument(
-        "shards",
-        nargs="+",
-        metavar="SHARDS",
-        help="files, folders, globs, 'a/{00000..00099}.tar', https://, s3://, gs://",
-    )
-    index.add_argument("-o", "--output", type=Path, required=True, help="manifest to write, such as manifest.json")
-    index.add_argument("--processes", type=int, help="scanning at the same time; by default one a core")
-    index.add_argument("--checksums", action="store_true", help="keep each shard's SHA-256, for `verify` and caches")
-    index.add_argument(
-        "--trust-stats", action="store_true", help="take counts from img2dataset's _stats.json or parquet; read no tar"
-    )
-    filters = index.add_argument_group("filters")
-    filters.add_argument("--min-size", type=int, default=0, metavar="PIXELS", help="of the shorter side")
-    filters.add_argument("--max-aspect", type=float, default=0.0, metavar="RATIO", help="longer over shorter side")
-    filters.add_argument("--caption-characters", type=_range, metavar="FEWEST:MOST", help="of the first caption")
-    filters.add_argument("--language", type=_assignment, metavar="FIELD=en,zh", help="json field and values to keep")
-    filters.add_argument("--min-score", type=_assignment, metavar="FIELD=0.28", help="json field and least value")
-    filters.add_argument("--uids", type=Path, metavar="FILE.npy", help="keep these uids, as DataComp lists them")
-    filters.add_argument(
-        "--unique", action="append", default=[], choices=("image", "caption", "pair"), help="keep the first of equals"
-    )
-    filters.add_argument("--exclude", type=Path, metavar="FILE.jsonl", help="bad samples that a run or `verify` listed")
-    index.set_defaults(run=_index)
-
-    tokenizer = commands.add_parser(
-        "tokenizer", formatter_class=plain, help="train a tokenizer on the captions of a manifest"
-    )
-    tokenizer.description = "Trains a sentencepiece model with the special tokens that pretraining needs."
-    tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
-    tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, help="pieces, at most: 30000 suits web captions")
-    tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
-    tokenizer.set_defaults(run=_tokenizer)
-    return parser
+_COMMANDS = {
+    "demo": _demo,
+    "pack": _pack,
+    "index": _index,
+    "verify": _verify,
+    "stats": _stats,
+    "inspect": _inspect,
+    "reshard": _reshard,
+    "tokenizer": _tokenizer,
+}
 
 
 if __name__ == "__main__":

@@ -71,12 +71,15 @@ class Manifest:
 
     def kept(self, shard: int) -> np.ndarray | None:
         """Which of a shard's indexed samples are kept, ascending (n,) int64; None for all."""
+        bits = self.bits(shard)
+        return None if bits is None else rows_kept(bits, self.shards[shard].indexed)
+
+    def bits(self, shard: int) -> np.ndarray | None:
+        """The same as it is stored: uint8, eight samples each."""
         if self.kept_bits is None:
             return None
-        indexed = self.shards[shard].indexed
-        start = self._keep_starts[shard]
-        bits = np.unpackbits(self.kept_bits[start : start + _bytes_for(indexed)], count=indexed)
-        return np.flatnonzero(bits)
+        start, stop = self._keep_starts[shard : shard + 2]
+        return self.kept_bits[start:stop]
 
     def index_path(self, shard: int) -> Path:
         """Where the byte ranges of a shard's samples are kept."""
@@ -84,8 +87,8 @@ class Manifest:
         return index_folder(self.path) / index_name(relative(entry.location, self.path), entry.bytes, entry.version)
 
     @classmethod
-    def load(cls, path: Path) -> Manifest:
-        """Reads a manifest and checks that its local shards are there.
+    def load(cls, path: Path, *, complete: bool = True) -> Manifest:
+        """Reads a manifest and, if it has to be complete, checks that its local shards are there.
 
         Raises:
             DataError: No such file, it cannot be opened, is not a manifest, or a shard is missing.
@@ -102,7 +105,8 @@ class Manifest:
                 raise ValueError(f"counts {counts!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _no_manifest(path, error) from None
-        _check_present(shards)
+        if complete:
+            _check_present(shards)
         manifest = cls(path, shards, counts, _load_keep(path, keep_digest) if keep_digest else None)
         if manifest.kept_bits is not None and len(manifest.kept_bits) != manifest._keep_starts[-1]:
             raise DataError(f"{keep_path(path)} does not fit {path}: {_AGAIN}.")
@@ -143,6 +147,11 @@ class Manifest:
 
 def _reopen(path: Path, shards: tuple[Shard, ...], counts: Literal["headers", "stats"], has_keep: bool) -> Manifest:
     return Manifest(path, shards, counts, np.load(keep_path(path), mmap_mode="r") if has_keep else None)
+
+
+def rows_kept(bits: np.ndarray, indexed: int) -> np.ndarray:
+    """The numbers of a shard's samples whose bits are set, ascending (n,) int64."""
+    return np.flatnonzero(np.unpackbits(bits, count=indexed))
 
 
 def index_folder(manifest: Path) -> Path:

@@ -134,7 +134,7 @@ class ShardReader:
             rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             rows = np.empty(0)
-        if not _fits(rows, entry):
+        if not fits(rows, entry):
             if is_remote(entry.location) and not self._cache:
                 raise DataError(
                     f"Shard {entry.location} is remote and not indexed, so that its samples cannot be found without "
@@ -152,7 +152,8 @@ class ShardReader:
         return rows if kept is None else rows[kept]
 
 
-def _fits(rows: np.ndarray, entry: Shard) -> bool:
+def fits(rows: np.ndarray, entry: Shard) -> bool:
+    """Whether an array can be the byte ranges of a shard's samples."""
     if rows.dtype != np.int64 or rows.shape != (entry.indexed, 3):
         return False
     edges = rows[:, :2].ravel()
