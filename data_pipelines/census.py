@@ -98,7 +98,7 @@ class Distribution:
         for number, count in sorted(self.counts.items()):
             reached += count
             if reached >= wanted:
-                return number
+                return max(number, self.least)
         return 0
 
     def summary(self, unit: int = 1) -> dict[str, float]:

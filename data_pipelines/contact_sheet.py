@@ -27,7 +27,9 @@ class Typesetter:
     def __init__(self, folders: Sequence[str] = _FOLDERS):
         self.missing: set[str] = set()
         self._paths = _font_files(folders)
-        self._fonts: list[_Font] = [_Font(ImageFont.load_default(_FONT_SIZE))]
+        default = ImageFont.load_default(_FONT_SIZE)
+        assert isinstance(default, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+        self._fonts: list[_Font] = [_Font(default)]
         self._font_of: dict[str, _Font | None] = {}
         self._widths: dict[str, float] = {}
 
@@ -105,8 +107,10 @@ class Typesetter:
 
 
 class _Font:
-    def __init__(self, font: ImageFont.FreeTypeFont | ImageFont.ImageFont):
+    def __init__(self, font: ImageFont.FreeTypeFont):
         self.font = font
+        # Without shaping, which would draw a mark that it does not have with a circle below.
+        self._plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
         self._boxes = {self._drawn("\U0010ffff"), self._drawn("\uffff")}  # what it draws for what it does not have
 
     def has(self, character: str) -> bool:
@@ -114,7 +118,7 @@ class _Font:
 
     def _drawn(self, character: str) -> bytes:
         image = Image.new("L", (3 * _FONT_SIZE, 2 * _FONT_SIZE))
-        ImageDraw.Draw(image).text((_FONT_SIZE, 0), character, fill=255, font=self.font)
+        ImageDraw.Draw(image).text((_FONT_SIZE, 0), character, fill=255, font=self._plain)
         return image.tobytes()
 
 

@@ -118,12 +118,12 @@ def _histogram(title: str, found: Distribution, unit: int) -> str:
     if not numbers:
         return ""
     # Up to the 99th percentile: a single giant would leave nothing to see of the others.
-    least, most = numbers[0], max(found.percentile(99), numbers[0] + 1)
+    least, most = numbers[0], found.percentile(99)
     step = max(1, math.ceil((most + 1 - least) / _BARS))
     bars = [0] * math.ceil((most + 1 - least) / step)
     for number in numbers:
         bars[min((number - least) // step, len(bars) - 1)] += found.counts[number]
-    width = 280 / len(bars)
+    width = min(280 / len(bars), 40)
     drawn = "".join(
         f"<rect x='{place * width:.1f}' y='{90 - 80 * count / max(bars):.1f}' width='{max(width - 1, 1):.1f}' "
         f"height='{80 * count / max(bars):.1f}'/>"
@@ -133,7 +133,7 @@ def _histogram(title: str, found: Distribution, unit: int) -> str:
     return (
         f"<div><h3>{title}</h3><svg viewBox='0 0 280 106' role='img'>{drawn}"
         f"<text x='0' y='103'>{least / unit:,g}</text>"
-        f"<text x='280' y='103' text-anchor='end'>{most / unit:,g}{' and above' if found.most > most else ''}</text>"
+        f"<text x='280' y='103' text-anchor='end'>{most / unit:,g}{' and above' if numbers[-1] > most else ''}</text>"
         f"</svg></div>"
     )
 
