@@ -23,6 +23,7 @@ from data_pipelines.parallel import each_done
 from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
 from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
 from data_pipelines.storage import ByteSource, describe, is_remote, open_bytes
+from data_pipelines.tar import printable
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def build_manifest(
     bits = None if all_kept else np.concatenate([np.packbits(keep) for keep in kept])
     manifest = Manifest(path, shards, "headers", bits)
     if manifest.samples == 0:
-        raise _nothing_usable(len(shards), report)
+        raise _nothing_usable(shards, report)
     return manifest, report
 
 
@@ -174,7 +175,7 @@ def count_from_stats(
         on_shard()
     manifest = Manifest(normalised(path), tuple(shards), "stats")
     if manifest.samples == 0:
-        raise _nothing_usable(len(shards), Report())
+        raise _nothing_usable(shards, Report())
     return manifest
 
 
@@ -264,11 +265,13 @@ def _count_parquet(content: bytes) -> int:
     return sum(value == "success" for value in status.to_pylist())
 
 
-def _nothing_usable(shards: int, report: Report) -> DataError:
+def _nothing_usable(shards: Sequence[Shard], report: Report) -> DataError:
     reasons = Counter(drop.reason for drop in report.faults) + report.filtered
     why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5))
-    first = f"; the first is {report.faults[0].key} in {report.faults[0].shard}" if report.faults else ""
+    where = shards[0].location if shards else "none"
+    if report.faults:
+        where = f"{printable(report.faults[0].key)} in {report.faults[0].shard}"
     return DataError(
-        f"No usable sample in {shards:,} shards ({why or 'they are empty'}{first}): a sample needs an image "
-        f"({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
+        f"No usable sample in {len(shards):,} shards ({why or 'they are empty'}; the first is {where}): a sample needs "
+        f"an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
     )

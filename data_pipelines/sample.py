@@ -121,6 +121,8 @@ def parse_sample(shard: str, data: bytes) -> Sample:
     if len(samples) != 1:
         raise TarError(0, f"{len(samples)} samples instead of one")
     found = samples[0]
+    if (found.start, found.stop) != (0, len(data)):
+        raise TarError(found.stop, "a sample that ends early")
     if fault := fault_of(found, read):
         raise SampleError(fault.reason, found.key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from data_pipelines.storage import ByteSource
 from data_pipelines.tar import TarError, iter_members, iter_samples, split_name
 
 READ_AHEAD = 8 << 20  # bytes of a remote shard that one request brings
+
+_UID = re.compile("[0-9a-fA-F]{32}")
 
 FEATURES = np.dtype(
     [
@@ -137,13 +140,19 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
         hash64(sample.image),
         hash64(normalised_caption(caption)),
         _uid(uid) if isinstance(uid, str) else (0, 0),
-        score if isinstance(score, int | float) else np.nan,
-        str(metadata.get(names.language, "")).encode()[:16],
+        _score(score) if isinstance(score, int | float) else np.nan,
+        str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can spell half a letter
     )
 
 
-def _uid(text: str) -> tuple[int, int]:
+def _score(number: float) -> float:
     try:
-        return int(text[:16], 16), int(text[16:32], 16)
-    except ValueError:
+        return float(number)
+    except OverflowError:  # an integer of hundreds of digits
+        return np.nan
+
+
+def _uid(text: str) -> tuple[int, int]:
+    if not _UID.match(text):
         return 0, 0
+    return int(text[:16], 16), int(text[16:32], 16)

@@ -151,6 +151,11 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
+def printable(key: str) -> str:
+    """A key as messages print it: in one line, whatever a member's name holds."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in key)
+
+
 def _padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
