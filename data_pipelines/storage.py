@@ -123,7 +123,7 @@ def open_bytes(location: str, *, patience_s: float, size: int | None = None, ver
         kind = {"http": _HttpFile, "https": _HttpFile, "s3": _S3File, "s3a": _S3File}
         return kind.get(urlsplit(location).scheme, _OtherFile)(location, size, version, patience_s)
     try:
-        descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(location, os.O_RDONLY)
     except FileNotFoundError:
         raise _missing(location) from None
     except OSError as error:
@@ -289,7 +289,7 @@ class _RangedFile(_RemoteFile):
                     found += piece
                     limit.reschedule(clock() + self._stall_s)
         except TimeoutError:
-            raise _TransientError(f"nothing came for {self._stall_s:.0f} s") from None
+            raise _TransientError(f"nothing came for {self._stall_s:g} s") from None
         if len(found) < after:
             raise _TransientError(f"the connection ended after {len(found) - before:,} of {after - before:,} bytes")
 

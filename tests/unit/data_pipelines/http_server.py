@@ -10,6 +10,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
+            path = urlsplit(self.path).path  # of a proxy it is asked for a whole URL
             headers = dict(self.headers.items())
             shards.requests.append(Request(self.path, headers.get("Range", ""), headers, time.monotonic()))
             fault = shards.faults.popleft() if shards.faults else shards.always

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -70,6 +70,14 @@ def test_a_disk_that_fails_is_named_with_the_byte(tmp_path: Path):
         source.read(-1, 5)  # what the kernel refuses, like a bad sector
 
 
+def test_a_read_that_the_kernel_cuts_short_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Linux reads at most 2 GiB at once, which no test should write.
+    (tmp_path / "a.tar").write_bytes(CONTENT)
+    pread = os.pread
+    monkeypatch.setattr("os.pread", lambda descriptor, size, offset: pread(descriptor, min(size, 300), offset))
+    assert open_bytes(str(tmp_path / "a.tar"), patience_s=1).read(10, 2000) == CONTENT[10:]
+
+
 def test_an_error_leaves_no_file_open(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
     before = os.listdir("/proc/self/fd")  # noqa: PTH208
@@ -118,23 +126,32 @@ class Unreliable(MemoryFileSystem):
     """Files in memory behind calls that fail."""
 
     protocol = "unreliable"
-    errors: ClassVar[deque[Exception]] = deque()
+    answers: ClassVar[deque[Exception | bytes]] = deque()  # instead of the right ones
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.replace("unreliable://", "memory://"))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
-        if self.errors:
-            raise self.errors.popleft()
-        return super().cat_file(path, start, end, **options)
+        answer = self.answers.popleft() if self.answers else super().cat_file(path, start, end, **options)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def info(self, path: str, **options: object) -> dict[str, Any]:
+        if path not in self.dircache:
+            self.dircache[path] = super().info(path, **options)
+        return self.dircache[path]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
 
 
 @pytest.fixture
 def unreliable() -> Iterator[type[Unreliable]]:
     fsspec.register_implementation("unreliable", Unreliable, clobber=True)
     Unreliable.store.clear()
-    Unreliable.errors.clear()
+    Unreliable.answers.clear()
     Unreliable().pipe_file("/a.tar", CONTENT)
     Unreliable().pipe_file("/b.tar", CONTENT)
     yield Unreliable
@@ -145,15 +162,15 @@ def test_any_file_system_of_fsspec_is_read_with_patience(unreliable: type[Unreli
     assert expand(["unreliable:///*.tar"]) == ["unreliable:///a.tar", "unreliable:///b.tar"]
     size, version = describe("unreliable:///a.tar")
     source = open_bytes("unreliable:///a.tar", patience_s=2, size=size, version=version)
-    unreliable.errors.extend([TimeoutError("slow"), RuntimeError("a library's own")])
+    unreliable.answers.extend([TimeoutError("slow"), RuntimeError("a library's own"), b"", bytes(51)])
     assert source.read(100, 50) == CONTENT[100:150]
     assert source.read(990, 50) == CONTENT[990:]
-    assert not unreliable.errors
+    assert not unreliable.answers
 
 
 def test_a_file_system_that_keeps_failing_ends_the_patience(unreliable: type[Unreliable]):
     source = open_bytes("unreliable:///a.tar", patience_s=0.3)
-    unreliable.errors.extend([RuntimeError("a library's own")] * 100)
+    unreliable.answers.extend([RuntimeError("a library's own")] * 100)
     with pytest.raises(DataError, match=r"a\.tar cannot be read at byte 7: \d attempts .* RuntimeError \(a library's"):
         source.read(7, 5)
 
@@ -162,7 +179,7 @@ def test_a_file_that_any_file_system_misses_or_refuses_is_said_at_once(unreliabl
     with pytest.raises(DataError, match=r"none\.tar cannot be found: put it back"):
         open_bytes("unreliable:///none.tar", patience_s=2)
     source = open_bytes("unreliable:///a.tar", patience_s=2)
-    unreliable.errors.append(PermissionError("not you"))
+    unreliable.answers.append(PermissionError("not you"))
     with pytest.raises(DataError, match=r"may not be read \(.* not you\)"):
         source.read(0, 5)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec.config
 import numpy as np
 import pytest
 from http_server import Fault, ShardServer, etag
@@ -68,6 +69,7 @@ def test_a_file_of_known_size_is_opened_without_a_request(server: ShardServer):
         Fault(body=CONTENT[1000:3001]),
         Fault(body=CONTENT[1000:3001], without_length=True),
         Fault(body=b"x" * 2001, without_length=True),
+        Fault(body=b"x" * 2001, without_length=True, stall_s=0.1),
         Fault(body=b"", without_length=True),
         Fault(body=CONTENT[:2000], content_range=f"bytes 0-1999/{len(CONTENT)}"),
         Fault(content_range="bytes"),
@@ -78,7 +80,9 @@ def test_a_file_of_known_size_is_opened_without_a_request(server: ShardServer):
 def test_a_passing_fault_changes_no_byte(fault: Fault, server: ShardServer):
     source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
     server.faults.append(fault)
+    began = time.monotonic()
     assert source.read(1000, 2000) == CONTENT[1000:3000]
+    assert time.monotonic() - began < 3
     assert len(server.requests) == 2
 
 
@@ -119,16 +123,28 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(server: ShardServer):
     assert server.requests[1].time_s - server.requests[0].time_s >= 1
 
 
-def test_a_server_that_stays_away_ends_the_patience_with_url_byte_attempts_and_reason(server: ShardServer):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault(status=503), "the server answered 503 Service Unavailable"),
+        (Fault(body=b"", without_length=True), "the connection ended after 0 of 10 bytes"),
+        (Fault(cut_after=0), "ClientPayloadError"),
+    ],
+    ids=str,
+)
+def test_a_server_that_never_recovers_ends_the_patience_with_url_byte_attempts_and_reason(
+    fault: Fault, reason: str, server: ShardServer
+):
     source = open_bytes(server.put("a.tar", CONTENT), patience_s=0.5, size=len(CONTENT))
-    server.always = Fault(status=503)
+    server.always = fault
     began = time.monotonic()
     with pytest.raises(DataError) as caught:
         source.read(1000, 10)
     assert time.monotonic() - began < 1.5
     message = f"Shard {server.url}/a.tar cannot be read at byte 1,000: {len(server.requests)} attempts in "
     assert str(caught.value).startswith(message)
-    assert "the last one: the server answered 503 Service Unavailable. See that its server" in str(caught.value)
+    assert f"the last one: {reason}" in str(caught.value)
+    assert str(caught.value).endswith("data.patience_s is how long a read is tried again.")
 
 
 def test_a_server_that_is_not_there_is_named(server: ShardServer):
@@ -209,6 +225,14 @@ def test_without_etags_the_time_of_change_is_the_version(server: ShardServer):
     assert describe(f"{server.url}/a.tar") == (len(CONTENT), "")
 
 
+def test_without_any_version_the_size_has_to_stay(server: ShardServer):
+    server.has_etags = False
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S)
+    server.put("a.tar", CONTENT + b"x")
+    with pytest.raises(DataError, match=r"has changed: it has 10,001 bytes but had 10,000 bytes when it was indexed"):
+        source.read(0, 10)
+
+
 def test_a_server_that_ignores_ranges_is_refused_before_it_has_sent_the_file(server: ShardServer):
     content = bytes(64 << 20)
     source = open_bytes(server.put("a.tar", content), patience_s=PATIENCE_S, size=len(content))
@@ -237,6 +261,17 @@ def test_a_redirection_is_followed(server: ShardServer):
     source = open_bytes(f"{server.url}/old.tar", patience_s=PATIENCE_S, size=len(CONTENT))
     assert source.read(5, 10) == CONTENT[5:15]
     assert [request.path for request in server.requests] == ["/old.tar", "/new.tar"]
+
+
+def test_headers_and_proxies_of_the_user_are_used(server: ShardServer, monkeypatch: pytest.MonkeyPatch):
+    server.put("a.tar", CONTENT)
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"X-Token": "sesame"}})
+    source = open_bytes("http://nowhere.invalid/a.tar", patience_s=PATIENCE_S)
+    assert source.read(5, 10) == CONTENT[5:15]
+    assert server.requests[1].path == "http://nowhere.invalid/a.tar"
+    assert server.requests[1].headers["X-Token"] == "sesame"
 
 
 @pytest.mark.parametrize("fault", [Fault(status=404), Fault(status=503), Fault(ignores_range=True)], ids=str)
