@@ -38,34 +38,41 @@ def client() -> Iterator[Any]:
     server.stop()
 
 
-@pytest.fixture(autouse=True)
-def proxy(client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
-    """What is read goes through here, faultless unless told otherwise."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    values = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "nothing", "DEFAULT_REGION": "us-east-1"}
-    files = {"CONFIG_FILE": "/dev/null", "SHARED_CREDENTIALS_FILE": "/dev/null"}
-    for name, value in (values | files | {"EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    client.create_bucket(Bucket="corpus")
-    for name in ("00000.tar", "00001.tar", "00002.tar", "x[1].tar", "notes.txt"):
-        put(client, name, CONTENT)
+@pytest.fixture(scope="module")
+def passes_on(client: Any) -> Iterator[ShardServer]:
+    """One for all tests, as making a client of S3 takes half a second."""
     address = urlsplit(client.meta.endpoint_url)
     assert address.hostname
     assert address.port
     server = ShardServer(upstream=(address.hostname, address.port))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    yield server
-    server.stop()
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)
+        values = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "nothing", "DEFAULT_REGION": "us-east-1"}
+        files = {"CONFIG_FILE": "/dev/null", "SHARED_CREDENTIALS_FILE": "/dev/null"}
+        for name, value in (values | files | {"EC2_METADATA_DISABLED": "true", "ENDPOINT_URL": server.url}).items():
+            environment.setenv(f"AWS_{name}", value)
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        yield server
     storage._filesystems.clear()
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def proxy(client: Any, passes_on: ShardServer) -> ShardServer:
+    """What is read goes through here, faultless unless told otherwise."""
+    client.create_bucket(Bucket="corpus")
+    for name in ("00000.tar", "00001.tar", "00002.tar", "x[1].tar", "notes.txt"):
+        put(client, name, CONTENT)
+    passes_on.faults.clear()
+    passes_on.always = Fault()
+    describe(URL)
+    passes_on.requests.clear()
+    return passes_on
 
 
 @pytest.fixture
 def source(proxy: ShardServer) -> ByteSource:
-    """An object whose client is there: making one takes longer than these tests give a request."""
-    describe(URL)
-    proxy.requests.clear()
     return open_bytes(URL, patience_s=2, size=len(CONTENT), version=etag(CONTENT))
 
 
@@ -203,6 +210,7 @@ def test_a_refusal_is_said_at_once_with_the_fix(proxy: ShardServer):
 
 
 def test_missing_credentials_are_named_with_the_ways_to_give_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "_filesystems", {})
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(DataError, match=r"needs credentials \(.*\): set AWS_PROFILE, .* FSSPEC_S3_ANON=true"):
@@ -210,6 +218,7 @@ def test_missing_credentials_are_named_with_the_ways_to_give_them(monkeypatch: p
 
 
 def test_settings_of_the_user_for_s3_hold(monkeypatch: pytest.MonkeyPatch, client: Any, proxy: ShardServer):
+    monkeypatch.setattr(storage, "_filesystems", {})
     put(client, "00001.tar", CONTENT, ACL="public-read")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True, "config_kwargs": {"user_agent_extra": "from-config"}})
     assert describe(URL) == (len(CONTENT), etag(CONTENT))
