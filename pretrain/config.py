@@ -172,6 +172,8 @@ class ObjectivesConfig(Section):
 class EngineConfig(Section):
     """How the model is spread over devices."""
 
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each layer's matrices, and read the same samples; neighbours, inside a node."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """What DeepSpeed's ZeRO partitions: nothing, optimizer state, also gradients, also parameters."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -257,6 +259,14 @@ class Config(Section):
                         f"objectives.{name} needs fusion layers, and model.architecture dual_encoder has none: "
                         f"set objectives.{name}=null, or model.architecture=cross_attention"
                     )
+        tensor_parallel = self.engine.tensor_parallel
+        for name in ("image", "text", "fusion"):
+            tower = getattr(self.model, name)
+            if tower is not None and tower.heads % tensor_parallel:
+                raise ValueError(
+                    f"engine.tensor_parallel {tensor_parallel} does not divide model.{name}.heads {tower.heads}: a "
+                    f"rank holds whole heads, so set engine.tensor_parallel to a divisor"
+                )
         matching = self.objectives.matching
         if matching is not None and self.data.grain % matching.pool:
             raise ValueError(

@@ -30,7 +30,8 @@ from pretrain.models.model import VisionLanguageModel, build_model
 from pretrain.models.towers import TextBlock, TextEmbed
 from pretrain.objectives.masked_lm import UNUSED
 from pretrain.parallel.engine import Fragment
-from pretrain.parallel.mesh import Mesh, training_dtype
+from pretrain.parallel.mesh import ALONE, training_dtype
+from pretrain.parallel.tensor import whole
 from pretrain.retrieval import chance_recall, recall
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -50,7 +51,7 @@ class Score:
 def main(run_folder: Path, split: str, rerank: int) -> None:
     """Evaluates the newest valid checkpoint of a run; prints a table and writes it as JSON beside the run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = CheckpointStore(run_folder / "checkpoints", Mesh(0, 1, device, None), keep=2)
+    store = CheckpointStore(run_folder / "checkpoints", ALONE, keep=2)
     checkpoint = store.newest_valid(quarantine=False)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
@@ -97,7 +98,7 @@ def load_model(config: Config, data: HeldoutData, checkpoint: Path, device: torc
     specs = layer_specs(config, data.tokenizer.vocab_size)
     model = build_model(specs, config, data.tokenizer.pad_id, device)
     read_fragments(
-        checkpoint, [Fragment(n, tuple(p.shape), 0, {"master": p.data.view(-1)}) for n, p in model.named_parameters()]
+        checkpoint, [Fragment(n, whole(p), 0, {"master": p.data.view(-1)}) for n, p in model.named_parameters()]
     )
     return model.to(training_dtype(config.engine, device)).eval()
 

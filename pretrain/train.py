@@ -15,7 +15,7 @@ from pretrain.trainer import Trainer
 def main(config_path: Path, overrides: Sequence[str]) -> None:
     """Trains what the config describes, on the processes that torchrun started."""
     config = load_config(config_path, overrides)
-    mesh = start_mesh()
+    mesh = start_mesh(config.engine.tensor_parallel)
 
     data, heldout = open_data(config, mesh)
 
@@ -48,8 +48,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         config.data,
         global_batch=config.training.global_batch,
         accumulation=config.training.accumulation,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
         **common,
     )
     return data, HeldoutData(config.data, **common) if config.data.heldout else None

@@ -39,7 +39,7 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        self.store = CheckpointStore(config.output / "checkpoints", mesh, config.checkpoint.keep)
+        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, config.checkpoint.keep)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
@@ -83,7 +83,8 @@ class Trainer:
         self.step = run["step"]
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
-        self._say(f"Resumed from {checkpoint}, saved on {run['layout']['dp']} ranks, at step {self.step}.")
+        ranks = run["layout"]["dp"] * run["layout"]["tp"]
+        self._say(f"Resumed from {checkpoint}, saved on {ranks} ranks, at step {self.step}.")
 
     def fit(self) -> None:
         """Trains until `training.steps`, saving, evaluating and reporting on the way.
@@ -159,10 +160,10 @@ class Trainer:
         """
         ids = sum(int(batch.image_ids.sum()) for batch in micro_batches) % 2**63
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        sums = torch.tensor([ids, len(bad), self.stop_requested], device=self.mesh.device)
-        total_id, total_bad, stop = self.mesh.sum(sums).tolist()
+        total_id, total_bad = self.mesh.dp.sum(torch.tensor([ids, len(bad)], device=self.mesh.device)).tolist()
+        stop = self.mesh.world.sum(torch.tensor(int(self.stop_requested), device=self.mesh.device)).item()
         if total_bad:  # rare: every rank learns all of them, so that the one that prints can name them
-            bad = [sample for samples in self.mesh.gather_objects(bad) for sample in samples]
+            bad = [sample for samples in self.mesh.dp.gather_objects(bad) for sample in samples]
             for sample in bad:
                 self._say(f"step {self.step}: replaced {sample.key} of shard {sample.shard}: {sample.reason}")
             if self.metrics:
@@ -176,7 +177,7 @@ class Trainer:
 
     def _temperature(self) -> float:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
-        return math.exp(-self.mesh.sum(here.to(self.mesh.device)).item())
+        return math.exp(-self.mesh.dp.sum(here.to(self.mesh.device)).item())
 
     def _watch_health(self, result: StepResult) -> None:
         """Counts steps that were skipped, and ends a run that does nothing else."""
@@ -205,15 +206,15 @@ class Trainer:
         """
         losses, counts, rows = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
         for batch in heldout.batches(
-            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size
+            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp.rank, dp_size=self.mesh.dp.size
         ):
             output = self.engine.evaluate(batch.to(self.mesh.device))
             losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
             embeddings = (output.image_embeddings.cpu(), output.text_embeddings.cpu())
             rows.append((batch.positions, batch.caption_ids, *embeddings))
         columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-        gathered = [torch.cat(parts) for parts in zip(*self.mesh.gather_objects(columns), strict=True)]
-        losses, counts = self.mesh.mean(losses / len(rows)), self.mesh.sum(counts)
+        gathered = [torch.cat(parts) for parts in zip(*self.mesh.dp.gather_objects(columns), strict=True)]
+        losses, counts = self.mesh.dp.mean(losses / len(rows)), self.mesh.dp.sum(counts)
         if not self.metrics:
             return
         positions, captions, images, texts = gathered
@@ -267,13 +268,18 @@ class Trainer:
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.data.tokenizer.fingerprint,
-            "layout": {"dp": self.mesh.dp_size, "zero_stage": self.config.engine.zero_stage},
+            "layout": {
+                "dp": self.mesh.dp.size,
+                "tp": self.mesh.tp.size,
+                "zero_stage": self.config.engine.zero_stage,
+            },
             "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "ranks": self.mesh.dp_size,
+            "ranks": self.mesh.world.size,
+            "data parallel x tensor parallel": f"{self.mesh.dp.size} x {self.mesh.tp.size}",
             "micro-batch per rank": self.data.micro_batch_per_rank,
             **{f"samples of {source.name}": source.manifest.samples for source in self.data.sources},
             "device": str(self.mesh.device),

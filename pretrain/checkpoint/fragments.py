@@ -40,8 +40,8 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> Written:
     for fragment in fragments:
         if not fragment.saved_here:
             continue
-        boxes[fragment.name] = boxes_of_slice(fragment.start, fragment.stop, fragment.shape)
-        shapes[fragment.name] = fragment.shape
+        boxes[fragment.name] = _boxes(fragment)
+        shapes[fragment.name] = fragment.part.shape
         for kind, flat in fragment.tensors.items():
             lengths = [box.numel for box in boxes[fragment.name]]
             for box, piece in zip(boxes[fragment.name], flat.split(lengths), strict=True):
@@ -70,14 +70,15 @@ def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
     files: dict[str, Any] = {}
     for fragment in fragments:
         entry = index.get(fragment.name)
-        if entry is None or tuple(entry["shape"]) != fragment.shape:
+        if entry is None or tuple(entry["shape"]) != fragment.part.shape:
             found = "is not in it" if entry is None else f"has shape {tuple(entry['shape'])} in it"
             raise CheckpointError(
-                f"The checkpoint {folder} is of another model: {fragment.name} {found}, and shape {fragment.shape} "
-                f"here. Restore the model section of the config, or start a new run with another output folder."
+                f"The checkpoint {folder} is of another model: {fragment.name} {found}, and shape "
+                f"{fragment.part.shape} here. Restore the model section of the config, or start a new run with another "
+                f"output folder."
             )
         stored = [(piece["file"], Box(tuple(piece["offset"]), tuple(piece["size"]))) for piece in entry["boxes"]]
-        wanted = boxes_of_slice(fragment.start, fragment.stop, fragment.shape)
+        wanted = _boxes(fragment)
         for kind, flat in fragment.tensors.items():
             for target, piece in zip(wanted, flat.split([box.numel for box in wanted]), strict=True):
                 for file, source in stored:
@@ -87,6 +88,15 @@ def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
                         values = files[file].get_slice(_key(kind, fragment.name, source))
                         view = piece.view(target.size)[common.slices_in(target)]
                         view.copy_(values[common.slices_in(source)])
+
+
+def _boxes(fragment: Fragment) -> list[Box]:
+    """Where a fragment lies in the whole parameter, in the order of its elements."""
+    part = fragment.part
+    return [
+        Box(tuple(a + b for a, b in zip(part.offset, box.offset, strict=True)), box.size)
+        for box in boxes_of_slice(fragment.start, fragment.stop, part.size)
+    ]
 
 
 def _key(kind: str, name: str, box: Box) -> str:

@@ -27,17 +27,18 @@ from typing import Any
 from pretrain.checkpoint.fragments import Written, merge_index, read_fragments, write_fragments
 from pretrain.errors import CheckpointError
 from pretrain.parallel.engine import Fragment
-from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.mesh import Axis
 
 PREFIX = "step-"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All ranks call each method together."""
+    """The checkpoints of one run. All ranks of `world` call each method together."""
 
-    def __init__(self, folder: Path, mesh: Mesh, keep: int) -> None:
+    def __init__(self, folder: Path, world: Axis, keep: int) -> None:
         self.folder = folder
-        self.mesh = mesh
+        self.world = world
+        self.is_main = world.rank == 0
         self.keep = keep
 
     def save(self, step: int, fragments: Iterable[Fragment], run: dict[str, Any]) -> str | None:
@@ -53,22 +54,22 @@ class CheckpointStore:
         """
         fragments = list(fragments)
         bytes_here = sum(4 * t.numel() for f in fragments if f.saved_here for t in f.tensors.values())
-        total = sum(self.mesh.gather_objects(bytes_here))
-        temporary, problem = self.mesh.from_main(self._begin(step, total) if self.mesh.is_main else None)
+        total = sum(self.world.gather_objects(bytes_here))
+        temporary, problem = self.world.from_first(self._begin(step, total) if self.is_main else None)
         if problem is not None:
             return problem
         try:
-            written, problem = write_fragments(temporary / f"rank-{self.mesh.dp_rank:05d}.safetensors", fragments), None
+            written, problem = write_fragments(temporary / f"rank-{self.world.rank:05d}.safetensors", fragments), None
         except OSError as error:
             written, problem = None, _in_words(error)
-        answers = self.mesh.gather_objects((written, problem))
-        if self.mesh.is_main:
+        answers = self.world.gather_objects((written, problem))
+        if self.is_main:
             problem = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why), None)
             if problem is None:
                 problem = self._commit(temporary, step, [part for part, _ in answers if part], run)
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
-        return self.mesh.from_main(problem)
+        return self.world.from_first(problem)
 
     def newest_valid(self, quarantine: bool = True) -> Path | None:
         """The newest checkpoint whose every byte is what was written, or None in a run that has none.
@@ -79,15 +80,15 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none is valid. Never a silent fresh start.
         """
-        names = self.mesh.from_main(self._names() if self.mesh.is_main else None)
+        names = self.world.from_first(self._names() if self.is_main else None)
         for name in reversed(names):
             problem = self._verify(self.folder / name)
             if problem is None:
                 return self.folder / name
-            if self.mesh.is_main and quarantine:
+            if self.is_main and quarantine:
                 self._quarantine(name, problem)
         reasons = self.folder / "quarantine"
-        if names or self.mesh.from_main(reasons.is_dir()):  # also one that an earlier start filled
+        if names or self.world.from_first(reasons.is_dir()):  # also one that an earlier start filled
             raise CheckpointError(
                 f"No checkpoint in {self.folder} is valid: the reasons are in {reasons}. Restore a checkpoint from a "
                 f"copy, or start a new run with another output folder."
@@ -100,7 +101,7 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Removes what an interrupted save left behind."""
-        if self.mesh.is_main and self.folder.is_dir():
+        if self.is_main and self.folder.is_dir():
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -143,12 +144,12 @@ class CheckpointStore:
 
     def _verify(self, checkpoint: Path) -> str | None:
         """Why a checkpoint is not whole, or None. Each rank hashes its share of the files."""
-        manifest, problem = self.mesh.from_main(_read_manifest(checkpoint) if self.mesh.is_main else None)
+        manifest, problem = self.world.from_first(_read_manifest(checkpoint) if self.is_main else None)
         if problem is not None:
             return problem
-        share = sorted(manifest)[self.mesh.dp_rank :: self.mesh.dp_size]
+        share = sorted(manifest)[self.world.rank :: self.world.size]
         problems = [why for name in share if (why := _check_file(checkpoint / name, manifest[name]))]
-        return next((why for found in self.mesh.gather_objects(problems) for why in found), None)
+        return next((why for found in self.world.gather_objects(problems) for why in found), None)
 
     def _names(self) -> list[str]:
         """Committed checkpoints, oldest first."""

@@ -23,22 +23,25 @@ class LayerSpec(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-def layer_specs(config: Config, vocabulary: int, group: Group = None) -> list[LayerSpec]:
+def layer_specs(
+    config: Config, vocabulary: int, group: Group = None, vocabulary_group: Group = None
+) -> list[LayerSpec]:
     """The layers of the configured architecture, in order.
 
     Args:
         config: the whole config; the architecture takes part of it.
         vocabulary: tokens of the tokenizer.
         group: ranks whose samples are contrastive negatives, handed through to the objective.
+        vocabulary_group: ranks that the vocabulary is cut over, handed through to the masked-LM objective.
     """
     match config.model.architecture:
         case "cross_attention":
-            return _cross_attention(config, vocabulary, group)
+            return _cross_attention(config, vocabulary, group, vocabulary_group)
         case "dual_encoder":
             return _dual_encoder(config, vocabulary, group)
 
 
-def _cross_attention(config: Config, vocabulary: int, group: Group) -> list[LayerSpec]:
+def _cross_attention(config: Config, vocabulary: int, group: Group, vocabulary_group: Group) -> list[LayerSpec]:
     """Two towers, then text blocks that look at the image. Source: ALBEF, section 3.1."""
     model, objectives = config.model, config.objectives
     assert model.fusion is not None
@@ -56,7 +59,8 @@ def _cross_attention(config: Config, vocabulary: int, group: Group) -> list[Laye
     if matching:
         specs.append(LayerSpec("matching_head", partial(MatchingHead, model.text.width)))
     if masked_lm:
-        specs.append(LayerSpec("masked_lm_head", partial(MaskedLMHead, model.text.width, vocabulary)))
+        head = partial(MaskedLMHead, model.text.width, vocabulary, vocabulary_group)
+        specs.append(LayerSpec("masked_lm_head", head))
     return specs
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.collectives import Group, share_of
 from pretrain.config import ModelConfig
 from pretrain.models.flow import Flow
 from pretrain.models.layers import Block
@@ -48,20 +49,22 @@ class MatchingHead(nn.Module):
 class MaskedLMHead(nn.Module):
     """Names the hidden pieces; sees the masked places only, not all L."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, width: int, vocabulary: int, group: Group = None) -> None:
         super().__init__()
+        self.group, self.start = group, share_of(vocabulary, group)[0]
         self.norm = nn.LayerNorm(width)
         self.transform = nn.Linear(width, width)
         self.transform_norm = nn.LayerNorm(width)
         self.decode = nn.Linear(width, vocabulary)
 
     def logits(self, text: Tensor, masked_positions: Tensor) -> Tensor:
-        """(B, L, D) fused masked rows, (B, K) -> (B, K, V)."""
+        """(B, L, D) fused masked rows, (B, K) -> (B, K, V), or this rank's share of V."""
         rows = torch.arange(len(text), device=text.device)[:, None]
         hidden = F.gelu(self.transform(self.norm(text[rows, masked_positions])))
         return self.decode(self.transform_norm(hidden))
 
     def forward(self, flow: Flow) -> Flow:
         masked = flow.text[-len(flow.positions) :]
-        loss, counts = masked_lm_loss(self.logits(masked, flow.masked_positions), flow.masked_targets)
+        logits = self.logits(masked, flow.masked_positions)
+        loss, counts = masked_lm_loss(logits, flow.masked_targets, self.group, self.start)
         return flow.reporting("masked_lm", loss, counts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.model import Output
+from pretrain.parallel.tensor import Part
 
 
 class Inputs(Protocol):
@@ -30,11 +31,12 @@ class StepResult:
 class Fragment:
     """This rank's piece of one parameter and of its optimizer state, as live flat views.
 
-    The piece is elements [start, start + length) of the parameter laid flat in row-major order.
+    The rank holds `part` of the parameter, and the piece is elements [start, start + length) of that part laid flat
+    in row-major order.
     """
 
     name: str
-    shape: tuple[int, ...]  # of the whole parameter
+    part: Part
     start: int
     tensors: dict[str, Tensor]  # "master", "exp_avg", "exp_avg_sq": (length,) float32
     saved_here: bool = True  # False on ranks that hold a copy of what another rank saves

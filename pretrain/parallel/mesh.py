@@ -1,4 +1,9 @@
-"""The processes of a run: who this one is, which device it drives, and sums over all of them."""
+"""The processes of a run as a mesh of two axes, and what the ranks along an axis say to each other.
+
+Ranks along the tensor-parallel axis (tp) hold parts of each layer's matrices and read the same samples; ranks along
+the data-parallel axis (dp) hold the same parts and read other samples. Neighbouring ranks share a tp axis, which
+exchanges far more than dp, so that it lies inside a node.
+"""
 
 import ctypes
 import os
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from pretrain.collectives import Group
 from pretrain.config import EngineConfig
+from pretrain.errors import ConfigError
 
 # A rank that waits this long for another one gives up. Longer than any save or evaluation between two steps.
 TIMEOUT = timedelta(minutes=20)
@@ -21,48 +27,93 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """This process among the others. `group` is None when it is alone."""
+class Axis:
+    """Ranks that belong together, and this process's place among them. `group` is None for a process alone."""
 
-    dp_rank: int
-    dp_size: int
-    device: torch.device
+    rank: int
+    size: int
     group: Group
 
-    @property
-    def is_main(self) -> bool:
-        """The one process that prints and writes what is written once."""
-        return self.dp_rank == 0
-
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on all of them; in place."""
+        """The sum over the axis, on all of its ranks; in place."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all ranks, on all of them; in place."""
-        return self.sum(tensor).div_(self.dp_size)
+        """The mean over the axis, on all of its ranks; in place."""
+        return self.sum(tensor).div_(self.size)
 
-    def from_main(self, value: Any) -> Any:
-        """What the main process holds (any picklable value), on all of them."""
+    def from_first(self, value: Any) -> Any:
+        """What the first rank holds (any picklable value), on all of them."""
         if self.group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on all of them."""
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * self.dp_size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
 
-def start_mesh() -> Mesh:
-    """Joins the processes that torchrun started; a process started by hand is alone."""
+ALONE = Axis(0, 1, None)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process among the others."""
+
+    device: torch.device
+    world: Axis = ALONE
+    dp: Axis = ALONE
+    tp: Axis = ALONE
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints and writes what is written once."""
+        return self.world.rank == 0
+
+
+def make_mesh(world: Axis, device: torch.device, tp_size: int) -> Mesh:
+    """Cuts the world into axes; all ranks call it together.
+
+    Raises:
+        ConfigError: `tp_size` does not divide the processes of the world, or those of a node.
+    """
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    for size, what in ((world.size, "processes of the run"), (node_size, "processes of a node")):
+        if size % tp_size:
+            raise ConfigError(
+                f"engine.tensor_parallel {tp_size} does not divide the {size} {what}: set it to a divisor, or start "
+                f"another number of processes."
+            )
+    ranks = torch.arange(world.size).view(-1, tp_size)  # (dp, tp)
+    tp = [_axis(world, row) for row in ranks.tolist()]
+    dp = [_axis(world, column) for column in ranks.T.tolist()]
+    return Mesh(device, world, dp[world.rank % tp_size], tp[world.rank // tp_size])
+
+
+def _axis(world: Axis, ranks: list[int]) -> Axis:
+    # Every rank makes every group, in the same order: torch demands it.
+    if len(ranks) == 1:
+        return ALONE
+    if len(ranks) == world.size:
+        return world
+    group: Any = dist.new_group(ranks, timeout=TIMEOUT)
+    return Axis(ranks.index(world.rank) if world.rank in ranks else -1, len(ranks), group)
+
+
+def start_mesh(tp_size: int = 1) -> Mesh:
+    """Joins the processes that torchrun started; a process started by hand is alone.
+
+    Raises:
+        ConfigError: `tp_size` does not fit them.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -80,7 +131,8 @@ def start_mesh() -> Mesh:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     dist.init_process_group(backend, timeout=TIMEOUT)
     size = dist.get_world_size()
-    return Mesh(dist.get_rank(), size, device, dist.group.WORLD if size > 1 else None)
+    world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
+    return make_mesh(world, device, tp_size)
 
 
 def stop_mesh() -> None:

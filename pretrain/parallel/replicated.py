@@ -1,4 +1,4 @@
-"""ZeRO stage 0: every rank holds everything, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
+"""ZeRO stage 0: every data-parallel rank holds everything, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,23 +7,31 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from pretrain.config import Config
+from pretrain.models.architectures import LayerSpec
 from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Mesh, training_dtype
+from pretrain.parallel.tensor import Part, build_part
 
 
 class ReplicatedEngine:
     """Weights in the training type, fp32 master copies, gradients accumulated in fp32."""
 
-    def __init__(self, model: VisionLanguageModel, config: Config, mesh: Mesh) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], config: Config, mesh: Mesh, pad_id: int) -> None:
         self.device = mesh.device
         self.mesh = mesh
         self.clip = config.optimizer.clip
+        layers: dict[str, nn.Module] = {}
+        self.parts: dict[str, Part] = {}
+        for spec in specs:
+            layers[spec.name], parts = build_part(spec, config, mesh.device, mesh.tp.group)
+            self.parts |= parts
+        model = VisionLanguageModel(layers, config, pad_id)
         self.model = model.to(mesh.device, training_dtype(config.engine, mesh.device))
         # In fp32 the master copy shares the weight's memory: `float` copies nothing then.
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
-        shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
+        shapes = {name: part.shape for name, part in self.parts.items()}
         self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
         # One buffer behind all gradients: one collective a step instead of one a parameter.
         self.gradients = torch.zeros(sum(p.numel() for p in self.masters.values()), device=mesh.device)
@@ -43,9 +51,11 @@ class ReplicatedEngine:
             for master, weight in zip(self.masters.values(), self.model.parameters(), strict=True):
                 _grad(master).add_(_grad(weight))
                 weight.grad = None
-        losses, counts = self.mesh.mean(torch.as_tensor(losses)).cpu(), self.mesh.sum(torch.as_tensor(counts)).cpu()
+        dp = self.mesh.dp
+        losses, counts = dp.mean(torch.as_tensor(losses)).cpu(), dp.sum(torch.as_tensor(counts)).cpu()
 
-        norm = self.mesh.mean(self.gradients).norm()
+        dp.mean(self.gradients)
+        norm = self._norm()
         applied = bool(norm.isfinite()) and bool(losses.isfinite().all())
         if applied:
             if self.clip > 0:
@@ -68,13 +78,22 @@ class ReplicatedEngine:
             state = self.optimizer.state[master]
             tensors = {"master": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             flat = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
-            yield Fragment(name, tuple(master.shape), 0, flat, saved_here=self.mesh.is_main)
+            part = self.parts[name]
+            saved_here = self.mesh.dp.rank == 0 and (part.is_cut or self.mesh.tp.rank == 0)
+            yield Fragment(name, part, 0, flat, saved_here)
 
     def loaded(self, steps: int) -> None:
         self.applied_steps = steps
         for master in self.masters.values():
             self.optimizer.state[master]["step"].fill_(steps)
         self._copy_masters_to_weights()
+
+    def _norm(self) -> Tensor:
+        """Of the whole model's gradient: each element once, on whatever rank it lies."""
+        squares = {True: self.gradients.new_zeros(()), False: self.gradients.new_zeros(())}
+        for name, master in self.masters.items():
+            squares[self.parts[name].is_cut] += _grad(master).square().sum()
+        return (self.mesh.tp.sum(squares[True]) + squares[False]).sqrt()
 
     @torch.no_grad()
     def _copy_masters_to_weights(self) -> None:

@@ -6,15 +6,16 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.models.architectures import LayerSpec
-from pretrain.models.initial import build_layer
 from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
-from pretrain.parallel.mesh import Mesh, training_dtype
+from pretrain.parallel.mesh import Axis, Mesh, training_dtype
+from pretrain.parallel.tensor import Part, build_part
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
 
@@ -33,23 +34,31 @@ class ZeroEngine:
         self.mesh = mesh
         self.stage = config.engine.zero_stage
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
+        topology = Topology(mesh)
         layers: dict[str, nn.Module] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.parts: dict[str, Part] = {}
         for spec in specs:
+            layer, parts = build_part(spec, config, mesh.device, mesh.tp.group)
+            self.parts |= parts
             # zero.Init would leave a layer that is already built in fp32, whatever its settings say.
-            layer = build_layer(spec, config, mesh.device).to(training_dtype(config.engine, mesh.device))
-            self.shapes |= {f"{spec.name}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
+            layer = layer.to(training_dtype(config.engine, mesh.device))
             if self.stage == 3:  # without the group, zero.Init would partition over the whole world
-                deepspeed.zero.Init(module=layer, data_parallel_group=mesh.group, config_dict_or_path=settings)
+                deepspeed.zero.Init(module=layer, data_parallel_group=topology.dp, config_dict_or_path=settings)
             layers[spec.name] = layer
         model = VisionLanguageModel(layers, config, pad_id)
         optimizer = build_optimizer(
-            model.named_parameters(), self.shapes, config.optimizer, config.objectives.contrastive
+            model.named_parameters(),
+            {name: part.shape for name, part in self.parts.items()},
+            config.optimizer,
+            config.objectives.contrastive,
         )
+        deepspeed.utils.groups.mpu = None  # it would take an earlier engine's for this one's
         # DeepSpeed's declared types are wider than what it returns here.
         self.engine: Any
         self.optimizer: Any
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=topology if mesh.tp.size > 1 else None
+        )
         self._prime_optimizer()
         self.applied_steps = 0
 
@@ -71,8 +80,8 @@ class ZeroEngine:
             # Stage 3 keeps a parameter's last gradient, and applies it again in a step that gives it none.
             self.optimizer.grad_partitions_flat_buffer.zero_()
         return StepResult(
-            losses=self.mesh.mean(torch.as_tensor(losses)).cpu(),
-            counts=self.mesh.sum(torch.as_tensor(counts)).cpu(),
+            losses=self.mesh.dp.mean(torch.as_tensor(losses)).cpu(),
+            counts=self.mesh.dp.sum(torch.as_tensor(counts)).cpu(),
             gradient_norm=float(self.engine.get_global_grad_norm()),
             applied=applied,
         )
@@ -88,7 +97,8 @@ class ZeroEngine:
             if (piece := pieces(parameter)) is not None:
                 start, tensors = piece
                 views = {kind: tensor.detach() for kind, tensor in tensors.items()}
-                yield Fragment(name, self.shapes[name], start, views)
+                part = self.parts[name]
+                yield Fragment(name, part, start, views, saved_here=part.is_cut or self.mesh.tp.rank == 0)
 
     def loaded(self, steps: int) -> None:
         self.applied_steps = steps
@@ -116,7 +126,7 @@ class ZeroEngine:
     def _partition(self, parameter: Any) -> tuple[int, dict[str, Tensor]] | None:
         """Stage 3: rank r holds the r-th of equal flat parts, the last one padded."""
         size = parameter.ds_tensor.ds_numel
-        start = self.mesh.dp_rank * size
+        start = self.mesh.dp.rank * size
         length = min(size, parameter.ds_numel - start)
         if length <= 0:
             return None
@@ -136,6 +146,40 @@ class ZeroEngine:
             "exp_avg": mapping.get_hp_fragment("exp_avg"),
             "exp_avg_sq": mapping.get_hp_fragment("exp_avg_sq"),
         }
+
+
+class Topology:
+    """The mesh under the names by which DeepSpeed asks for it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.dp, self.tp = (_group_of(axis, mesh.world) for axis in (mesh.dp, mesh.tp))
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.dp
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tp
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp.size
+
+
+def _group_of(axis: Axis, world: Axis) -> Any:
+    """DeepSpeed wants a group even for a rank alone on its axis."""
+    if axis.group is not None or world.size == 1:
+        return axis.group
+    groups = [dist.new_group([rank]) for rank in range(world.size)]
+    return groups[world.rank]
 
 
 def deepspeed_settings(config: Config, mesh: Mesh, micro_batch_per_rank: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_bf16_follows_fp32(two_ranks, stage):
 
 def resumed_curve(mesh, config, folder):
     """Steps 3 to 5 of a run that goes on, and of one that loads what the first saved after step 2."""
-    store = CheckpointStore(folder, mesh, keep=2)
+    store = CheckpointStore(folder, mesh.world, keep=2)
     first = tiny_engine(mesh, config)
     engine_curve(mesh, config, 3, first)
     assert store.save(3, first.fragments(), {"applied_steps": first.applied_steps}) is None

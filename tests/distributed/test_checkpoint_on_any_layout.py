@@ -6,22 +6,29 @@ from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, read_run
 
 SAVED_AFTER, STEPS = 4, 8
-LAYOUTS = [("one_rank", 0), ("two_ranks", 1), ("two_ranks", 3), ("four_ranks", 2)]
+LAYOUTS = [  # ranks, ZeRO stage, tensor parallel
+    ("one_rank", 0, 1),
+    ("two_ranks", 1, 1),
+    ("two_ranks", 3, 1),
+    ("four_ranks", 2, 1),
+    ("two_ranks", 0, 2),
+    ("four_ranks", 3, 2),
+]
 
 
-def train_and_save(mesh, stage, folder):
-    config = tiny_config(engine__zero_stage=stage)
+def train_and_save(mesh, stage, tp, folder):
+    config = tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, SAVED_AFTER, engine)
     run = {"applied_steps": engine.applied_steps}
-    return CheckpointStore(folder, mesh, keep=2).save(SAVED_AFTER, engine.fragments(), run)
+    return CheckpointStore(folder, mesh.world, keep=2).save(SAVED_AFTER, engine.fragments(), run)
 
 
-def load_and_go_on(mesh, stage, folder):
-    config = tiny_config(engine__zero_stage=stage)
+def load_and_go_on(mesh, stage, tp, folder):
+    config = tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, 1, engine, first=15)  # other weights and moments than fresh ones
-    store = CheckpointStore(folder, mesh, keep=2)
+    store = CheckpointStore(folder, mesh.world, keep=2)
     checkpoint = store.newest_valid()
     store.load(checkpoint, engine.fragments())
     engine.loaded(read_run(checkpoint)["applied_steps"])
@@ -35,12 +42,14 @@ def uninterrupted():
 
 @pytest.mark.parametrize("saver", LAYOUTS, ids=str)
 def test_every_layout_goes_on_from_it(request, tmp_path, uninterrupted, saver):
-    ranks, stage = saver
-    assert request.getfixturevalue(ranks).run(train_and_save, stage, tmp_path) == [None] * int_of(ranks)
-    for loader, loader_stage in LAYOUTS:
-        for curve in request.getfixturevalue(loader).run(load_and_go_on, loader_stage, tmp_path):
+    ranks, stage, tp = saver
+    assert request.getfixturevalue(ranks).run(train_and_save, stage, tp, tmp_path) == [None] * int_of(ranks)
+    for loader, loader_stage, loader_tp in LAYOUTS:
+        for curve in request.getfixturevalue(loader).run(load_and_go_on, loader_stage, loader_tp, tmp_path):
             for (losses, norm), (expected, expected_norm) in zip(curve, uninterrupted, strict=True):
-                assert losses == pytest.approx(expected, abs=2e-5), f"loaded on {loader}, ZeRO-{loader_stage}"
+                assert losses == pytest.approx(expected, abs=2e-5), (
+                    f"loaded on {loader}, ZeRO-{loader_stage}, tensor parallel {loader_tp}"
+                )
                 assert norm == pytest.approx(expected_norm, rel=2e-4)
 
 

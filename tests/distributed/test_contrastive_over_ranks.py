@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from pretrain.collectives import row_offset
 from pretrain.objectives.contrastive import Identity, contrastive_loss
+from pretrain.parallel.mesh import Mesh
 
 G, E = 16, 8
 
@@ -21,30 +22,26 @@ def features_and_ids():
 def gradients(mesh):
     """Loss and gradients of this rank's rows, averaged over ranks as an engine averages them."""
     image_GE, text_GE, identity = features_and_ids()
-    B = G // mesh.dp_size
-    first = row_offset(B, mesh.group)
+    B = G // mesh.dp.size
+    first = row_offset(B, mesh.dp.group)
     mine = slice(first, first + B)
     image, text = (x[mine].clone().requires_grad_() for x in (image_GE, text_GE))
     log_scale = torch.tensor([1.3], requires_grad=True)
     ids = Identity(identity.image_ids[mine], identity.caption_ids[mine])
-    loss, counts = contrastive_loss(image, text, log_scale, ids, mesh.group)
+    loss, counts = contrastive_loss(image, text, log_scale, ids, mesh.dp.group)
     loss.backward()
     return {
-        "loss": mesh.mean(loss.detach()),
-        "counts": mesh.sum(counts),
-        "log_scale": mesh.mean(log_scale.grad),
-        "image": image.grad / mesh.dp_size,
-        "text": text.grad / mesh.dp_size,
+        "loss": mesh.dp.mean(loss.detach()),
+        "counts": mesh.dp.sum(counts),
+        "log_scale": mesh.dp.mean(log_scale.grad),
+        "image": image.grad / mesh.dp.size,
+        "text": text.grad / mesh.dp.size,
     }
 
 
 @pytest.fixture(scope="module")
 def whole():
-    class Alone:
-        dp_size, group = 1, None
-        mean = sum = staticmethod(lambda tensor: tensor)
-
-    return gradients(Alone)
+    return gradients(Mesh(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])

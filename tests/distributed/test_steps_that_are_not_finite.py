@@ -12,9 +12,9 @@ def poisoned_curve(mesh, stage):
     engine = tiny_engine(mesh, config)
     before = engine_curve(mesh, config, 2, engine)
     weights = [fragment.tensors["master"].clone() for fragment in engine.fragments()]
-    last = mesh.dp_rank == mesh.dp_size - 1
+    last = mesh.dp.rank == mesh.dp.size - 1
     handle = _poison(engine) if last else None
-    skipped = engine.step(micro_batches(2, config, mesh.dp_rank, mesh.dp_size), 1e-3)
+    skipped = engine.step(micro_batches(2, config, mesh.dp.rank, mesh.dp.size), 1e-3)
     if handle:
         handle.remove()
     unchanged = all(

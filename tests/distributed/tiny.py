@@ -1,6 +1,7 @@
 """A model and batches small enough for equality tests, and plain PyTorch to compare with."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from pretrain.models.model import build_model
 from pretrain.optim import learning_rate
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.mesh import Axis, Mesh, make_mesh
 
-VOCABULARY, PAD = 60, 0
+VOCABULARY, PAD = 61, 0
 GRAIN = 4
 
 
@@ -90,18 +91,30 @@ def micro_batches(step: int, config: Config, rank: int = 0, size: int = 1) -> li
     return [samples(grains[a, rank::size].flatten()) for a in range(A)]
 
 
+@cache
+def _mesh(world: Axis, device: torch.device, tp_size: int) -> Mesh:
+    return make_mesh(world, device, tp_size)
+
+
+def mesh_of(mesh: Mesh, config: Config) -> Mesh:
+    """The ranks as the config lays them out. Groups are made once: the same processes serve many tests."""
+    return _mesh(mesh.world, mesh.device, config.engine.tensor_parallel)
+
+
 def tiny_engine(mesh: Mesh, config: Config) -> Engine:
-    micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp_size
+    mesh = mesh_of(mesh, config)
+    micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp.size
     return build_engine(config, mesh, vocabulary=VOCABULARY, pad_id=PAD, micro_batch_per_rank=micro_batch)
 
 
 def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None = None, first: int = 0) -> list[Any]:
     """(losses, gradient norm) of each step of the configured engine."""
     engine = engine or tiny_engine(mesh, config)
+    dp = mesh_of(mesh, config).dp
     curve = []
     for step in range(first, first + steps):
         result = engine.step(
-            micro_batches(step, config, mesh.dp_rank, mesh.dp_size),
+            micro_batches(step, config, dp.rank, dp.size),
             learning_rate(step, config.training.steps, config.optimizer),
         )
         curve.append((result.losses.tolist(), result.gradient_norm))

@@ -8,12 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_pipelines.tokenizer import train_sentencepiece
 from e2e.conftest import metrics, run, start, tiny_run, wait_for_step, write_config
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.mesh import ALONE
 
 
 def train(config, *overrides, **options):
@@ -151,7 +150,7 @@ def test_no_space_left(config):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
     assert_one_sentence(full, 4, "Step 9 could not be saved", "File too large", "same command")
-    store = CheckpointStore(config.output / "checkpoints", Mesh(0, 1, torch.device("cpu"), None), keep=2)
+    store = CheckpointStore(config.output / "checkpoints", ALONE, keep=2)
     newest = store.newest_valid()
     assert newest is not None
     assert newest.name == "step-000000006"

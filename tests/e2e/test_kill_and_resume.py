@@ -37,10 +37,10 @@ def killed(corpus, tmp_path_factory):
     return config
 
 
-def restarted(killed, ranks: int, tmp_path: Path):
+def restarted(killed, ranks: int, tmp_path: Path, *overrides: str):
     """The metrics after the same command ran again on a copy of what the kill left behind."""
     shutil.copytree(killed.output, tmp_path / "run")
-    result = run("launch", "local", killed.path, "--nproc", ranks, f"output={tmp_path / 'run'}")
+    result = run("launch", "local", killed.path, "--nproc", ranks, f"output={tmp_path / 'run'}", *overrides)
     assert result.code == 0, result.err
     assert "saved on 2 ranks, at step 16" in result.out
     return metrics(tmp_path / "run")
@@ -56,9 +56,9 @@ def test_the_same_ranks_repeat_every_digit(never_killed, killed, tmp_path):
     assert [digits(step) for step in again] == [digits(step) for step in never_killed]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_other_ranks_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks):
-    again = restarted(killed, ranks, tmp_path)
+@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(1, 1), (4, 1), (4, 2)])
+def test_other_ranks_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks, tensor_parallel):
+    again = restarted(killed, ranks, tmp_path, f"engine.tensor_parallel={tensor_parallel}")
     assert [step["batch_id"] for step in again] == [step["batch_id"] for step in never_killed]
     for step, expected in zip(again, never_killed, strict=True):
         for name in ("loss", "loss/contrastive", "loss/matching", "loss/masked_lm", "gradient_norm"):

@@ -12,16 +12,15 @@ from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.errors import CheckpointError
 from pretrain.parallel.engine import Fragment
-from pretrain.parallel.mesh import Mesh
-
-ALONE = Mesh(0, 1, torch.device("cpu"), None)
+from pretrain.parallel.mesh import ALONE
+from pretrain.parallel.tensor import whole
 
 
 def state(seed=0, shape=(40, 30)):
     generator = torch.Generator().manual_seed(seed)
     numel = torch.Size(shape).numel()
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    return [Fragment("layer.weight", shape, 0, {kind: torch.randn(numel, generator=generator) for kind in kinds})]
+    tensors = {kind: torch.randn(numel, generator=generator) for kind in ("master", "exp_avg", "exp_avg_sq")}
+    return [Fragment("layer.weight", whole(torch.empty(shape)), 0, tensors)]
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_a_checkpoint_of_another_model_names_the_parameter_and_both_shapes(store
     checkpoint = store.newest_valid()
     with pytest.raises(CheckpointError, match=r"layer.weight has shape \(40, 30\) in it, and shape \(40, 31\) here"):
         read_fragments(checkpoint, state(shape=(40, 31)))
-    other = [Fragment("layer.bias", (3,), 0, {"master": torch.zeros(3)})]
+    other = [Fragment("layer.bias", whole(torch.empty(3)), 0, {"master": torch.zeros(3)})]
     with pytest.raises(CheckpointError, match=r"layer.bias is not in it, and shape \(3,\) here. Restore the model"):
         read_fragments(checkpoint, other)
 
