@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipelines.cache import ShardCache
 from data_pipelines.config import CacheConfig
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest, Shard, check_size, save_array
@@ -41,11 +42,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, cache: CacheConfig | None = None, patience_s: float = 300):
         self._manifest, self._cache_config, self._patience_s = manifest, cache, patience_s
-        self._cache = None
-        if cache:
-            from data_pipelines.cache import ShardCache
-
-            self._cache = ShardCache(cache.folder, int(cache.limit_gib * 2**30), patience_s)
+        self._cache = ShardCache(cache.folder, int(cache.limit_gib * 2**30), patience_s) if cache else None
         self._open: OrderedDict[int, _Opened] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
 
