@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint fuzz soak format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,12 @@ lint: .venv/.installed ## Lint, check the format and the types
 	@$(RUN) ruff format --check .
 	@echo "== Types"
 	@.venv/bin/basedpyright
+
+fuzz: .venv/.installed ## Spoil shards in MUTANTS=100000 ways drawn by SEED=1, and check what is read of each
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
+
+soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed
+	@OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak.py $(or $(KILLS),200) $(or $(SEED),1)
 
 format: .venv/.installed ## Format the code and mend what can be mended
 	@$(RUN) ruff format .

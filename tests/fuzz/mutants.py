@@ -214,6 +214,8 @@ def hostile_images() -> tuple[bytes, ...]:
         png_of_size(24, 20, _chunk(b"IDAT", bomb), rows=0),
         jpeg_of_size(65_500, 65_500),
         jpeg_of_size(65_500, 65_500, progressive=True),
+        jpeg_of_size(13_000, 13_000),
+        png_of_size(13_000, 13_000, rows=1),
         jpeg_of_size(0, 24),
         jpeg_of_size(24, 2_000),
         _webp_of_size(16_383, 16_383),

@@ -1,0 +1,54 @@
+"""The long run: `python -m fuzz.campaign 100000 1` tries that many mutants of a seed, and counts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from faulthandler import dump_traceback_later
+from pathlib import Path
+
+from data_pipelines.tokenizer import train_sentencepiece
+from fuzz.mutants import make_mutant
+from fuzz.trial import WALL_LIMIT_S, Bench, bounded_memory, try_mutant
+
+
+def main(mutants: int, seed: int) -> None:
+    kinds: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
+    violations, longest_s, begin = 0, 0.0, time.monotonic()
+    with tempfile.TemporaryDirectory() as name, bounded_memory():
+        folder = Path(name)
+        os.chdir(folder)
+        train_sentencepiece((f"a red square above {number}" for number in range(500)), folder / "t.model", 40)
+        bench = Bench.made(folder, folder / "t.model")
+        for number in range(mutants):
+            mutant = make_mutant(number, seed)
+            kinds[mutant.kind] += 1
+            start = time.monotonic()
+            dump_traceback_later(3 * WALL_LIMIT_S, exit=True)  # where even C code hangs
+            try:
+                try_mutant(bench, mutant, outcomes)
+            except Exception:
+                violations += 1
+                print(f"== mutant {number} of seed {seed}: {mutant.kind}", flush=True)
+                traceback.print_exc()
+            longest_s = max(longest_s, time.monotonic() - start)
+        os.chdir("/")
+    for counts in (kinds, outcomes):
+        for what, count in sorted(counts.items()):
+            print(f"{count:9,} {what}")
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(
+        f"{mutants:,} mutants of seed {seed} in {time.monotonic() - begin:.0f} s, the longest {longest_s:.1f} s; "
+        f"{peak_mib:,} MiB at the peak; {violations:,} violations"
+    )
+    sys.exit(violations > 0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
