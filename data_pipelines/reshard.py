@@ -127,8 +127,9 @@ class Resharding:
         for source in self.sources:
             entry = source.entry
             assert entry is not None
-            name = source.location.rpartition("/")[2]
-            digest.update(f"{name}\0{entry.bytes}\0{entry.indexed}\0{entry.samples}\n".encode(errors="surrogateescape"))
+            digest.update(
+                f"{source.location}\0{entry.bytes}\0{entry.indexed}\0{entry.samples}\n".encode(errors="surrogateescape")
+            )
             digest.update(b"" if source.bits is None else source.bits.tobytes())
         return digest.hexdigest()
 
