@@ -1,0 +1,138 @@
+"""A corpus behind a server trains as the same corpus on a disk does, whatever the server does on the way."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+from corpus import Corpus
+from http_server import Fault, ShardServer
+
+from data_pipelines.errors import DataError
+from data_pipelines.index import build_manifest, count_from_stats
+from data_pipelines.loader import TrainingData
+
+STEPS = 14  # two epochs
+
+
+@pytest.fixture(scope="module")
+def server(corpus: Corpus) -> Iterator[ShardServer]:
+    server = ShardServer()
+    for shard in corpus.folder.glob("*.tar"):
+        server.put(f"train/{shard.name}", shard.read_bytes())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def faultless(server: ShardServer) -> None:
+    server.faults.clear()
+    server.always = Fault()
+    server.requests.clear()
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Corpus) -> list[list[int]]:
+    return images(corpus.training())
+
+
+def images(data: TrainingData, steps: int = STEPS) -> list[list[int]]:
+    return [batch.image_ids.tolist() for batch in islice(data.batches(data.initial_state()), steps)]
+
+
+def urls(server: ShardServer, corpus: Corpus) -> list[str]:
+    return [f"{server.url}/train/{shard.name}" for shard in sorted(corpus.folder.glob("*.tar"))]
+
+
+@pytest.fixture
+def remote(server: ShardServer, corpus: Corpus, tmp_path: Path) -> Corpus:
+    """The corpus by its manifest of URLs."""
+    manifest, report = build_manifest(urls(server, corpus), tmp_path / "manifest.json", processes=1, patience_s=2)
+    assert report.faults == []
+    manifest.save()
+    return replace(corpus, folder=tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> dict[str, object]:
+    return {"folder": str(tmp_path / "cache"), "limit_gib": 1}
+
+
+def test_samples_come_by_range_requests_where_there_is_no_cache(
+    remote: Corpus, expected: list[list[int]], server: ShardServer
+):
+    server.requests.clear()
+    assert images(remote.training(patience_s=2)) == expected
+    assert len(server.requests) == 24 * STEPS  # one a sample
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_shard_is_downloaded_once_where_there_is_a_cache(
+    remote: Corpus, expected: list[list[int]], server: ShardServer, cache: dict[str, object], workers: int
+):
+    server.requests.clear()
+    assert images(remote.training(cache=cache, patience_s=5, workers=workers)) == expected
+    assert sorted(request.path for request in server.requests) == [f"/train/{shard:05d}.tar" for shard in range(4)]
+    server.requests.clear()
+    assert images(remote.training(cache=cache, patience_s=5)) == expected
+    assert server.requests == []
+
+
+def test_shards_that_were_never_indexed_are_found_out_in_the_cache(
+    remote: Corpus, expected: list[list[int]], cache: dict[str, object]
+):
+    shutil.rmtree(remote.folder / "manifest.index")
+    assert images(remote.training(cache=cache, patience_s=2)) == expected
+    shutil.rmtree(remote.folder / "manifest.index")
+    with pytest.raises(DataError, match=r"is remote and not indexed, .*: set data\.cache, or index it with"):
+        images(remote.training(patience_s=2))
+
+
+def test_counts_beside_remote_shards_are_enough_to_train(
+    server: ShardServer, corpus: Corpus, expected: list[list[int]], tmp_path: Path, cache: dict[str, object]
+):
+    for shard, size in enumerate((70, 33, 1, 60)):
+        server.put(f"train/{shard:05d}_stats.json", f'{{"successes": {size}}}'.encode())
+    server.requests.clear()
+    count_from_stats(urls(server, corpus), tmp_path / "manifest.json", patience_s=2).save()
+    assert {request.range for request in server.requests if request.path.endswith(".tar")} == {"bytes=0-0"}
+    assert images(replace(corpus, folder=tmp_path).training(cache=cache, patience_s=2)) == expected
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_faults_of_the_server_change_no_batch(
+    remote: Corpus, expected: list[list[int]], server: ShardServer, cache: dict[str, object], cached: bool
+):
+    faults = [Fault(status=503), Fault(cut_after=700), Fault(reset=True), Fault(content_length=-1), Fault(status=429)]
+    random = Random(0)
+    server.faults.extend(random.choice(faults) if random.random() < 0.3 else Fault() for _ in range(2000))
+    changes = {"cache": cache} if cached else {}
+    assert images(remote.training(patience_s=20, **changes), 5) == expected[:5]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_shard_that_has_changed_on_its_server_stops_the_run(
+    remote: Corpus, server: ShardServer, cache: dict[str, object], cached: bool
+):
+    path = "/train/00000.tar"
+    good = server.files[path]
+    server.files[path] = bytes(len(good))
+    try:
+        with pytest.raises(DataError, match=rf"Shard {server.url}{path} has changed: .* when it was indexed"):
+            images(remote.training(patience_s=1, **({"cache": cache} if cached else {})))
+    finally:
+        server.files[path] = good
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_stays_away_stops_the_run_with_one_sentence(remote: Corpus, server: ShardServer, workers: int):
+    server.always = Fault(status=503)
+    with pytest.raises(DataError) as error:
+        images(remote.training(patience_s=1, workers=workers))
+    message = str(error.value)
+    assert "\n" not in message
+    assert "cannot be read at byte" in message
+    assert "data.patience_s" in message
