@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pretrain.config import load_config
+from pretrain.config import load_config, parse_config
 
 README = Path("README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
 ]
 INLINE = re.findall(r"`([^`\n]+)`", README)
 
@@ -50,6 +51,16 @@ def test_a_command_exists_with_its_options(command):
             assert str(load_config(Path("configs/demo.yaml")).output) == "runs/demo"
         case _:
             raise AssertionError(f"nothing here checks {program}")
+
+
+def test_what_it_shows_of_a_config_is_accepted_as_one():
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        tree = yaml.safe_load(Path("configs/base.yaml").read_text())
+        for section, values in yaml.safe_load(block).items():
+            tree[section] |= values
+        parse_config(tree, "README.md")
 
 
 def test_every_link_and_path_leads_somewhere():
