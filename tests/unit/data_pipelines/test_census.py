@@ -67,6 +67,7 @@ def test_large_numbers_are_known_to_three_digits_with_exact_sum_and_extremes(num
     exact = sorted(numbers)[max(0, -(-len(numbers) // 2) - 1)]
     assert 0.99 * exact <= found.percentile(50) <= exact
     assert (found.sum, found.least, found.most) == (sum(numbers), min(numbers), max(numbers))
+    assert found.percentile(1) >= found.least
     assert len(found.counts) <= 900 * 7
 
 

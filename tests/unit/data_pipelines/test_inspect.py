@@ -1,0 +1,199 @@
+"""`inspect` shows the same samples each time, in any script, and nothing in a caption can act on its page."""
+
+import base64
+import io
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import Members, jpeg, make_corpus, member
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
+
+from data_pipelines.__main__ import main
+from data_pipelines.contact_sheet import Typesetter, contact_sheet
+from data_pipelines.inspection import THUMBNAIL, Inspection, Picture, choose, inspect
+from data_pipelines.report import html_report
+from data_pipelines.shards import write_shard
+from data_pipelines.sources import load_sources
+
+HOSTILE = "<script>alert(1)</script> \"quoted\" & <img src=x onerror='alert(2)'>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page as a browser sees them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_font(path: Path, character: str) -> None:
+    """A font that has one character, drawn as a triangle, and a square for all others."""
+    glyphs = {}
+    for name, corners in (
+        (".notdef", [(0, 0), (0, 700), (700, 700), (700, 0)]),
+        ("own", [(0, 0), (350, 700), (700, 0)]),
+    ):
+        pen = TTGlyphPen(None)
+        pen.moveTo(corners[0])
+        for corner in corners[1:]:
+            pen.lineTo(corner)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({ord(character): "own"})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (800, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "One", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+def inspected(*names: Path, scratch: Path, samples: int = 64, seed: int = 0) -> Inspection:
+    sources = load_sources([str(name) for name in names], scratch, processes=1)
+    return inspect([str(name) for name in names], sources, samples=samples, seed=seed, processes=1)
+
+
+def picture(caption: str) -> Picture:
+    return Picture("a.tar", "key", caption, Image.new("RGB", (THUMBNAIL, 60), "red"), 640, 200)
+
+
+def test_a_page_and_a_sheet_are_written_and_the_same_call_shows_the_same_samples(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    manifest = make_corpus(tmp_path / "c", tmp_path, (30, 20)).manifest
+    sheets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        arguments = ["inspect", str(manifest), "-o", str(tmp_path / name), "--samples", "12", "--seed", str(seed)]
+        assert main([*arguments, "--processes", "1"]) == 0
+        sheets.append((tmp_path / name / "contact_sheet.png").read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+    out = capfd.readouterr().out
+    assert "12 of 50 samples" in out
+    assert re.search(r"one core decodes [\d,]+ samples/s", out)
+    page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") >= 12
+
+
+def test_samples_are_drawn_from_equal_stretches_of_all():
+    chosen = choose(1000, 10, 0)
+    assert (chosen // 100).tolist() == list(range(10))
+    assert choose(1000, 10, 1).tolist() != chosen.tolist() == choose(1000, 10, 0).tolist()
+    assert choose(3, 10, 0).tolist() == [0, 1, 2]
+
+
+def test_what_looks_like_a_tag_in_a_caption_or_a_key_stays_text(tmp_path: Path):
+    samples: list[Members] = [
+        member(0) | {"__key__": "<q>key", "txt": HOSTILE.encode(), "json": b'{"<i>field": 1}'},
+        member(1) | {"__key__": "<u>bad", "jpg": b"junk"},
+    ]
+    write_shard(tmp_path / "a.tar", samples)
+    text = html_report(inspected(tmp_path, scratch=tmp_path))
+    page = Page(text)
+    assert not {"script", "q", "i", "u"} & set(page.tags)
+    assert page.tags.count("img") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert HOSTILE in page.text
+    assert ("title", HOSTILE) in page.attributes
+    for shown in ("<q>key", "<u>bad", "<i>field"):
+        assert shown in page.text
+
+
+def test_a_page_needs_no_other_file_and_holds_the_pictures(tmp_path: Path):
+    manifest = make_corpus(tmp_path / "c", tmp_path, (3,)).manifest
+    page = Page(html_report(inspected(manifest, scratch=tmp_path)))
+    sources = [value for name, value in page.attributes if name in ("src", "href")]
+    assert len(sources) == 3
+    for source in sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/jpeg;base64"
+        assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == THUMBNAIL
+    assert not {"link", "iframe", "object", "script"} & set(page.tags)
+
+
+def test_a_page_tells_sizes_problems_and_duplicates(tmp_path: Path):
+    same = {"jpg": jpeg(0, 30, 90)}
+    samples = [member(0) | same, member(1) | same, member(2) | {"jpg": jpeg(2)[:300]}, {"__key__": "none", "txt": b"x"}]
+    write_shard(tmp_path / "a.tar", samples)
+    found = inspected(tmp_path, scratch=tmp_path)
+    assert [(group.kind, group.samples, len(group.pictures)) for group in found.groups] == [("image", 2, 2)]
+    assert {problem.key for problem in found.problems} == {"00002", "none"}
+    assert found.samples_per_s > 0
+    assert found.mb_per_s == pytest.approx(found.samples_per_s * len(same["jpg"]) / 1e6)
+    page = Page(html_report(found))
+    for words in ("2 samples with one image", "no image", "image cannot be decoded", "Width in pixels", "90 x 30"):
+        assert words in unescape(page.text)
+    assert page.tags.count("svg") == 7
+
+
+def test_a_corpus_in_which_no_image_decodes_still_has_a_page(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [member(0) | {"jpg": b"junk"}])
+    arguments = ["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--processes", "1"]
+    assert main(arguments) == 0
+    assert "image cannot be decoded" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_picture_keeps_its_shape_and_a_caption_stands_below_it():
+    sheet, missing = contact_sheet([picture("a red bar"), picture("")])
+    pixels = np.asarray(sheet)
+    red = (pixels == (255, 0, 0)).all(axis=2)
+    assert red.sum() == 2 * THUMBNAIL * 60
+    below = pixels[16 + THUMBNAIL :]
+    left, right = np.hsplit(below, [16 + THUMBNAIL + 8])
+    assert (left.min(), right.min()) == (left.min(), 255)
+    assert left.min() < 100
+    assert not missing
+
+
+def test_a_character_is_drawn_where_a_font_has_it_and_else_its_escape(tmp_path: Path):
+    (tmp_path / "fonts").mkdir()
+    write_font(tmp_path / "fonts" / "cat.ttf", "猫")
+    (tmp_path / "fonts" / "broken.ttf").write_bytes(b"no font")
+    with_font, without = Typesetter([str(tmp_path / "fonts")]), Typesetter([])
+    assert with_font.lines("a 猫", 200, 4) == ["a 猫"]
+    assert not with_font.missing
+    assert without.lines("a 猫\x00", 200, 4) == [r"a \u732b\x00"]
+    assert without.missing == {"猫", "\x00"}
+    assert contact_sheet([picture("猫")], with_font)[0] != contact_sheet([picture("猫")], without)[0]
+
+
+def test_missing_fonts_are_said_once_with_the_fix(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Typesetter.__init__, "__defaults__", ([],))
+    write_shard(tmp_path / "a.tar", [member(0) | {"txt": "猫和狗".encode()}])
+    assert main(["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--processes", "1"]) == 0
+    assert "No font here has 3 of the characters, which contact_sheet.png shows as escapes" in capfd.readouterr().out
+
+
+def test_long_captions_are_broken_at_spaces_or_anywhere_and_end_in_an_ellipsis():
+    setter = Typesetter([])
+    lines = setter.lines("several words " * 30, 120, 4)
+    assert len(lines) == 4
+    assert all(line.split()[0] in ("several", "words") for line in lines)
+    assert lines[-1].endswith("\u2026")
+    assert "".join(setter.lines("x" * 40, 120, 9)) == "x" * 40
+    assert setter.lines("", 120, 4) == []
+
+
+def test_no_samples_to_show_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--samples", "0"]) == 4
+    assert capfd.readouterr().err == "--samples 0 is too small: give 1 or more.\n"
