@@ -161,8 +161,6 @@ def _groups(sources: Sequence[Source], census: Census, row: int, kind: str) -> l
 
 def _decoding_speed(images: Sequence[bytes]) -> tuple[float, float]:
     """(samples/s, MB/s of compressed bytes) on one core; zeros where there is nothing to decode."""
-    if not images:
-        return 0.0, 0.0
     num_images = num_bytes = 0
     start = time.perf_counter()
     while (passed_s := time.perf_counter() - start) < _MEASURE_S:

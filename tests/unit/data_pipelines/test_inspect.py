@@ -166,10 +166,12 @@ def test_a_picture_keeps_its_shape_and_a_caption_stands_below_it():
 def test_a_character_is_drawn_where_a_font_has_it_and_else_its_escape(tmp_path: Path):
     (tmp_path / "fonts").mkdir()
     write_font(tmp_path / "fonts" / "cat.ttf", "猫")
+    write_font(tmp_path / "fonts" / "override.ttf", "\u202e")  # turns what follows around
     (tmp_path / "fonts" / "broken.ttf").write_bytes(b"no font")
     with_font, without = Typesetter([str(tmp_path / "fonts")]), Typesetter([])
     assert with_font.lines("a 猫", 200, 4) == ["a 猫"]
     assert not with_font.missing
+    assert with_font.lines("a\u202eb", 200, 4) == [r"a\u202eb"]
     assert without.lines("a 猫\x00", 200, 4) == [r"a \u732b\x00"]
     assert without.missing == {"猫", "\x00"}
     assert contact_sheet([picture("猫")], with_font)[0] != contact_sheet([picture("猫")], without)[0]
