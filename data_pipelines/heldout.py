@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipelines.assemble import Assembler, collate
+from data_pipelines.assemble import Assembler, Row, collate
 from data_pipelines.batch import Batch, Record
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError, SampleError
@@ -72,7 +72,7 @@ class _HeldoutBatches(BatchDataset):
         self._stops = np.cumsum([shard.samples for shard in manifest.shards])
 
     def make(self, key: int) -> Batch:
-        rows: list[dict[str, np.ndarray]] = []
+        rows: list[Row] = []
         records: list[Record] = []
         for place in range(key * self._batch_size, (key + 1) * self._batch_size):
             position = place % int(self._stops[-1])
@@ -82,7 +82,7 @@ class _HeldoutBatches(BatchDataset):
             try:
                 sample = self._reader.read(shard, position - first)
                 name = sample.key
-                rows.append(self._assembler.arrays(sample, position))
+                rows.append(self._assembler.row(sample, position))
                 if self._records:
                     records.append(Record(sample.key, sample.caption(), sample.metadata()))
             except SampleError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.assemble import Assembler, collate
+from data_pipelines.assemble import Assembler, Row, collate
 from data_pipelines.augment import Augmentation
 from data_pipelines.batch import BadSample, Batch
 from data_pipelines.config import DataConfig, SourceConfig
@@ -223,36 +223,31 @@ class _TrainingBatches(BatchDataset):
 
     def make(self, key: tuple[Segment, int]) -> Batch:
         segment, first = key
-        rows: list[dict[str, np.ndarray]] = []
+        rows: list[Row] = []
         bad: list[BadSample] = []
         for grain in range(first + self._grains.start, first + self._grains.stop, self._grains.step):
             rows += self._rows(segment, grain, bad)
         self._prefetch(segment, first + self._ahead)
         return collate(rows, bad)
 
-    def _rows(self, segment: Segment, grain: int, bad: list[BadSample]) -> Iterator[dict[str, np.ndarray]]:
+    def _rows(self, segment: Segment, grain: int, bad: list[BadSample]) -> Iterator[Row]:
         """The samples of a grain, each with a replacement if it cannot be used."""
         source, epoch, number = self._locate(segment, grain)
         shards, indices = source.order.locate(epoch, number)
         samples = source.reader.read_all(shards.tolist(), indices.tolist())
-        for item, (shard, sample) in enumerate(zip(shards.tolist(), samples, strict=True)):
-            position = grain * source.order.grain + item
-            try:
-                if isinstance(sample, SampleError):
-                    raise sample
-                yield self._assembler.arrays(sample, position)
-            except SampleError as error:
-                key = sample.key
-                bad.append(BadSample(source.manifest.shards[shard].location, key, str(error)))
-                yield self._replacement(source, epoch, number, item, position, bad[-1])
+        first = grain * source.order.grain
+        rows = self._assembler.rows(samples, range(first, first + len(samples)))
+        for item, (shard, sample, row) in enumerate(zip(shards.tolist(), samples, rows, strict=True)):
+            if isinstance(row, SampleError):
+                bad.append(BadSample(source.manifest.shards[shard].location, sample.key, str(row)))
+                row = self._replacement(source, epoch, number, item, first + item, bad[-1])
+            yield row
 
-    def _replacement(
-        self, source: Source, epoch: int, number: int, item: int, position: int, bad: BadSample
-    ) -> dict[str, np.ndarray]:
+    def _replacement(self, source: Source, epoch: int, number: int, item: int, position: int, bad: BadSample) -> Row:
         # Further bad samples on the way are not reported here: each is when its own turn comes.
         for place in source.order.replacements(epoch, number, item):
             with suppress(SampleError):
-                return self._assembler.arrays(source.reader.read(*place), position)
+                return self._assembler.row(source.reader.read(*place), position)
         raise DataError(
             f"No sample of a whole window of {source.order.window:,} can be used; one is {printable(bad.key)} in shard "
             f"{bad.shard}: {bad.reason}. Check how these shards were made."
