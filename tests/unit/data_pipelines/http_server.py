@@ -21,6 +21,7 @@ class Fault:
     retry_after: str = ""
     cut_after: int | None = None  # bytes of the body, then the connection is closed
     reset: bool = False  # the connection is closed before any answer
+    late_s: float = 0.0  # before the answer
     stall_s: float = 0.0  # after half of the body
     content_length: int = 0  # added to the true one
     body: bytes | None = None  # instead of the true one
@@ -97,7 +98,7 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             headers = dict(self.headers.items())
             shards.requests.append(Request(self.path, headers.get("Range", ""), headers, time.monotonic()))
             fault = shards.faults.popleft() if shards.faults else shards.always
-            time.sleep(shards.delay_s)
+            time.sleep(shards.delay_s + fault.late_s)
             if fault.reset:
                 self.close_connection = True
                 return
@@ -148,10 +149,10 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             }
             for name, value in (headers | {name: value for name, value in said.items() if value}).items():
                 self.send_header(name, value)
-            self.end_headers()
             body = body[: fault.cut_after]
             half = len(body) // 2 if fault.stall_s else len(body)
             try:
+                self.end_headers()
                 self._write(body[:half])
                 time.sleep(fault.stall_s)
                 self._write(body[half:])

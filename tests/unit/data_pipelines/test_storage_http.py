@@ -18,7 +18,7 @@ from data_pipelines.storage import describe, expand, open_bytes
 
 ROOT = Path(__file__).parents[3]
 CONTENT = np.random.default_rng(0).bytes(10_000)
-PATIENCE_S = 2.0
+PATIENCE_S = 8.0  # a request that brings nothing gets a quarter of it, which a busy machine does not use up
 
 
 @pytest.fixture
@@ -61,7 +61,6 @@ def test_a_file_of_known_size_is_opened_without_a_request(server: ShardServer):
         Fault(reset=True),
         Fault(cut_after=0),
         Fault(cut_after=700),
-        Fault(stall_s=5),
         Fault(content_length=-300),
         Fault(content_length=300),
         Fault(body=CONTENT[1000:1700]),
@@ -80,10 +79,17 @@ def test_a_file_of_known_size_is_opened_without_a_request(server: ShardServer):
 def test_a_passing_fault_changes_no_byte(fault: Fault, server: ShardServer):
     source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
     server.faults.append(fault)
+    assert source.read(1000, 2000) == CONTENT[1000:3000]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("fault", [Fault(late_s=30), Fault(stall_s=30)], ids=str)
+def test_an_answer_that_stops_coming_is_given_up(fault: Fault, server: ShardServer):
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=2, size=len(CONTENT))
+    server.faults.append(fault)
     began = time.monotonic()
     assert source.read(1000, 2000) == CONTENT[1000:3000]
-    assert time.monotonic() - began < 3
-    assert len(server.requests) == 2
+    assert time.monotonic() - began < 15
 
 
 def test_a_read_goes_on_from_where_its_connection_was_cut(server: ShardServer):
@@ -234,7 +240,7 @@ def test_without_any_version_the_size_has_to_stay(server: ShardServer):
 
 
 def test_a_server_that_ignores_ranges_is_refused_before_it_has_sent_the_file(server: ShardServer):
-    content = bytes(64 << 20)
+    content, server.has_etags = bytes(32 << 20), False
     source = open_bytes(server.put("a.tar", content), patience_s=PATIENCE_S, size=len(content))
     server.always = Fault(ignores_range=True)
     with pytest.raises(DataError, match=r"a\.tar cannot be read in parts, because its server ignores range requests: "):
