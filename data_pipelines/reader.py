@@ -17,7 +17,7 @@ from data_pipelines.manifest import Manifest, Shard, check_size, save_array
 from data_pipelines.sample import Fault, Sample, parse_sample
 from data_pipelines.scan import scan
 from data_pipelines.storage import ByteSource, is_remote, open_bytes
-from data_pipelines.tar import TarError
+from data_pipelines.tar import TarError, printable
 
 MAX_TRAINING_CAPTIONS = 2_000_000  # more do not change a tokenizer, and sentencepiece holds them in memory
 MAX_OPEN_SHARDS = 256  # of a worker; a grain touches two or three, so reopening one costs little
@@ -68,9 +68,12 @@ class ShardReader:
         try:
             return parse_sample(location, data)
         except TarError as error:
-            raise DataError(
-                f"Shard {location} from byte {start:,} holds no sample ({error} of it): {_REINDEX}"
-            ) from None
+            reason = f"{error} of it"
+        except SampleError as error:
+            if fault:
+                raise
+            reason = f"{printable(error.key)}: {error}"  # which the index would know
+        raise DataError(f"Shard {location} from byte {start:,} holds no sample ({reason}): {_REINDEX}")
 
     def read_all(self, shards: Sequence[int], indices: Sequence[int]) -> list[Sample | SampleError]:
         """Several samples, with an error in the place of one that has a fault; remote ones at the same time."""

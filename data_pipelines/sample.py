@@ -15,6 +15,7 @@ from data_pipelines.tar import Member, TarError, TarSample, iter_members, iter_s
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CAPTION_BYTES = 64 * 1024
+MAX_JSON_BYTES = 16 << 20  # parsed, brackets take twenty times as much memory
 
 
 class Fault(IntEnum):
@@ -182,6 +183,8 @@ def _fault_of_json(sample: TarSample, read: Callable[[int, int], bytes]) -> Faul
 
 
 def _parse_json(raw: bytes) -> dict[str, object] | None:
+    if len(raw) > MAX_JSON_BYTES:
+        return None
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from data_pipelines.tokenizer import train_sentencepiece
 from fuzz.mutants import make_mutant
-from fuzz.trial import WALL_LIMIT_S, Bench, bounded_memory, try_mutant
+from fuzz.trial import Bench, bounded_memory, try_mutant
+
+HANG_S = 300.0
 
 
 def main(mutants: int, seed: int) -> None:
@@ -29,23 +31,23 @@ def main(mutants: int, seed: int) -> None:
         for number in range(mutants):
             mutant = make_mutant(number, seed)
             kinds[mutant.kind] += 1
-            start = time.monotonic()
-            dump_traceback_later(3 * WALL_LIMIT_S, exit=True)  # where even C code hangs
+            start = time.process_time()
+            dump_traceback_later(HANG_S, exit=True)  # even in C code
             try:
                 try_mutant(bench, mutant, outcomes)
             except Exception:
                 violations += 1
                 print(f"== mutant {number} of seed {seed}: {mutant.kind}", flush=True)
                 traceback.print_exc()
-            longest_s = max(longest_s, time.monotonic() - start)
+            longest_s = max(longest_s, time.process_time() - start)
         os.chdir("/")
     for counts in (kinds, outcomes):
         for what, count in sorted(counts.items()):
             print(f"{count:9,} {what}")
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(
-        f"{mutants:,} mutants of seed {seed} in {time.monotonic() - begin:.0f} s, the longest {longest_s:.1f} s; "
-        f"{peak_mib:,} MiB at the peak; {violations:,} violations"
+        f"{mutants:,} mutants of seed {seed} in {time.monotonic() - begin:.0f} s ({time.process_time():.0f} s of a core, "
+        f"{longest_s:.1f} s for the longest); {peak_mib:,} MiB at the peak; {violations:,} violations"
     )
     sys.exit(violations > 0)
 

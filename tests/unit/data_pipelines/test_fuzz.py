@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import caption, make_corpus, member
+from corpus import caption, jpeg, make_corpus, member
 
 from data_pipelines.batch import BadSample
 from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
+from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
 from data_pipelines.scan import FeatureFields, features, scan
 from data_pipelines.shards import write_shard
 from data_pipelines.storage import open_bytes
-from fuzz.mutants import BLOCK, FIRED, KINDS, TAGS, make_mutant, pickled, shards
+from fuzz.mutants import BLOCK, FIRED, KINDS, TAGS, make_mutant, pickled, sealed, shards
 from fuzz.oracle import read_shard
 from fuzz.trial import Bench, bounded_memory, try_mutant
 
@@ -29,6 +30,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Ben
     return Bench.made(tmp_path_factory.mktemp("fuzz"), tokenizer_path)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("part", range(3))
 def test_of_any_mutant_come_its_whole_samples_and_one_sentence_on_the_rest(
     bench: Bench, part: int, monkeypatch: pytest.MonkeyPatch
@@ -74,6 +76,23 @@ def test_a_sample_that_lost_a_member_under_a_run_is_not_read_without_it(tmp_path
         file.write(bytes(BLOCK))
     with pytest.raises(DataError, match=r"00000\.tar from byte .* holds no sample \(a sample that ends early at byte"):
         ShardReader(manifest).read(0, 1)
+
+
+def test_a_fault_that_came_under_a_run_stops_it_and_is_not_replaced(tmp_path: Path, tokenizer_path: Path):
+    manifest = Manifest.load(make_corpus(tmp_path, tokenizer_path, (3,)).manifest)
+    content = (tmp_path / "00000.tar").read_bytes()
+    at = content.index(b"00001.jpg")
+    header = sealed(content[at : at + BLOCK].replace(b".jpg", b".gif"))
+    (tmp_path / "00000.tar").write_bytes(content[:at] + header + content[at + BLOCK :])
+    with pytest.raises(DataError, match=r"00000\.tar from byte .* holds no sample \(00001: no image\): it has changed"):
+        ShardReader(manifest).read(0, 1)
+
+
+def test_json_beyond_its_bound_is_not_parsed(tmp_path: Path):
+    brackets = b'{"caption": "red", "a": [' + b"[]," * 6_000_000 + b"0]}"
+    write_shard(tmp_path / "a.tar", [{"__key__": "a", "jpg": jpeg(0), "json": brackets}])
+    with pytest.raises(DataError, match=r"1 x unreadable json"):
+        build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
 
 
 @pytest.mark.parametrize(
