@@ -45,9 +45,10 @@ def main(mutants: int, seed: int) -> None:
         for what, count in sorted(counts.items()):
             print(f"{count:9,} {what}")
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    took_s, core_s = time.monotonic() - begin, time.process_time()
     print(
-        f"{mutants:,} mutants of seed {seed} in {time.monotonic() - begin:.0f} s ({time.process_time():.0f} s of a core, "
-        f"{longest_s:.1f} s for the longest); {peak_mib:,} MiB at the peak; {violations:,} violations"
+        f"{mutants:,} mutants of seed {seed} in {took_s:.0f} s ({core_s:.0f} s of a core, {longest_s:.1f} s for the "
+        f"longest); {peak_mib:,} MiB at the peak; {violations:,} violations"
     )
     sys.exit(violations > 0)
 
