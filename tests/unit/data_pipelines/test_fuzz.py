@@ -14,6 +14,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
+from data_pipelines.sample import Fault
 from data_pipelines.scan import FeatureFields, features, scan
 from data_pipelines.shards import write_shard
 from data_pipelines.storage import open_bytes
@@ -59,6 +60,20 @@ def test_the_oracle_finds_in_the_good_shards_what_they_were_made_of():
         assert not damaged
         contents = [content for sample in found for _, content in sample.members]
         assert contents == [content for _, content in shard.entries]
+
+
+def test_a_shard_cut_anywhere_keeps_the_samples_that_another_follows_and_reports_one_more(tmp_path: Path):
+    shard = shards()[0]
+    keys = [name.rpartition(".")[0] for name, _ in shard.entries]
+    stops = [start + -(-size // BLOCK) * BLOCK for start, size in shard.payloads]
+    closed = [stop for i, stop in enumerate(stops) if i and keys[i] != keys[i - 1]] + [stops[-1] + BLOCK]
+    for cut in range(0, len(shard.data), 61):
+        (tmp_path / "a.tar").write_bytes(shard.data[:cut])
+        source = open_bytes(str(tmp_path / "a.tar"), patience_s=1)
+        faults = scan(source)[:, 2].tolist()
+        source.close()
+        whole = sum(stop <= cut for stop in closed)
+        assert faults == [Fault.NONE] * whole + [Fault.DAMAGED] * (whole < len(closed))
 
 
 def test_a_pickle_of_the_mutants_fires_where_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
