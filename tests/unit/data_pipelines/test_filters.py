@@ -63,6 +63,11 @@ MIXED = [
         ({"language": ("lang", frozenset({"en", "zh"}))}, "abd", {"lang not en or zh": 3}),
         ({"min_score": ("score", 0.3)}, "acf", {"score below 0.3 or missing": 3}),
         (
+            {"min_size": 40, "language": ("lang", frozenset({"en"}))},
+            "d",
+            {"shorter side below 40 pixels": 2, "lang not en": 3},  # c would fail both
+        ),
+        (
             {"min_size": 40, "min_score": ("score", 0.3)},
             "f",
             {"shorter side below 40 pixels": 2, "score below 0.3 or missing": 3},
