@@ -9,25 +9,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from data_pipelines.command_line import parser
+from data_pipelines.console import OUT, print_census, print_counts, print_reasons, progress_bar
 from data_pipelines.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Part
-
-_CONSOLE, _OUT = Console(stderr=True), Console()
-_MAX_ROWS = 20  # of a table of reasons
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,13 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from data_pipelines.demo import Demo
+    from data_pipelines.demo import Demo, Scenes
 
-    demo = Demo(options.train, options.heldout, options.size, options.vocab_size, options.seed)
+    kind = Scenes()
+    if options.kind == "emoji":
+        from data_pipelines.emoji_pictures import EmojiPictures, find_font
+
+        kind = EmojiPictures(options.font or find_font())
+    elif options.font:
+        raise DataError(f"--font {options.font} is for emoji alone: add --kind emoji, or leave it out.")
+    vocab_size = options.vocab_size or kind.default_vocab_size
+    demo = Demo(options.train, options.heldout, options.size, vocab_size, options.seed, kind)
     if demo.is_complete(options.out):
         print(f"{options.out} is already complete.")
         return
-    with _progress("drawing scenes", demo.num_shards, "shards") as advance:
+    with progress_bar(f"drawing {kind.title}", demo.num_shards, "shards") as advance:
         demo.make(options.out, processes=len(os.sched_getaffinity(0)), on_shard=advance)
     print(f"{options.out}: {options.train:,} training and {options.heldout:,} held-out samples, tokenizer.model")
 
@@ -58,7 +60,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _pack(options: argparse.Namespace) -> None:
     from data_pipelines.pack import pack
 
-    with _progress("packing", None, "rows") as advance:
+    with progress_bar("packing", None, "rows") as advance:
         packed = pack(
             options.source,
             options.out,
@@ -69,27 +71,34 @@ def _pack(options: argparse.Namespace) -> None:
         )
     shards = len(packed.manifest.shards)
     print(f"{options.out / 'manifest.json'}: {packed.good:,} samples in {shards:,} shards")
-    _print_reasons(packed.rejected, f"rejected rows, listed in {options.out / 'rejected.jsonl'}")
+    print_reasons(packed.rejected, f"rejected rows, listed in {options.out / 'rejected.jsonl'}")
 
 
 def _index(options: argparse.Namespace) -> None:
+    from data_pipelines.filters import Filters
     from data_pipelines.index import build_manifest, count_from_stats
     from data_pipelines.storage import expand
 
     shards = expand(options.shards)
     listing = options.output.with_name(f"{options.output.stem}.dropped.jsonl")
     listing.unlink(missing_ok=True)
+    filters = _filters(options)
+    if options.trust_stats and (filters != Filters() or options.checksums):
+        raise DataError(
+            "--trust-stats reads no sample, so that neither filters nor --checksums can be applied: leave it or "
+            "them out."
+        )
     if options.trust_stats:
-        with _progress("reading counts", len(shards), "shards") as advance:
+        with progress_bar("reading counts", len(shards), "shards") as advance:
             manifest = count_from_stats(shards, options.output, on_shard=advance)
         manifest.save()
         print(f"{options.output}: {manifest.samples:,} samples in {len(shards):,} shards, as their makers counted")
         return
-    with _progress("reading shards", len(shards), "shards") as advance:
+    with progress_bar("reading shards", len(shards), "shards") as advance:
         manifest, report = build_manifest(
             shards,
             options.output,
-            filters=_filters(options),
+            filters=filters,
             checksums=options.checksums,
             processes=options.processes,
             on_shard=advance,
@@ -101,8 +110,8 @@ def _index(options: argparse.Namespace) -> None:
     if report.faults:
         lines = (json.dumps(asdict(drop), ensure_ascii=False) for drop in report.faults)
         listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-        _print_reasons(Counter(drop.reason for drop in report.faults), f"samples with a fault, listed in {listing}")
-    _print_reasons(report.filtered, "samples filtered out")
+        print_reasons(Counter(drop.reason for drop in report.faults), f"samples with a fault, listed in {listing}")
+    print_reasons(report.filtered, "samples filtered out")
 
 
 def _filters(options: argparse.Namespace):
@@ -140,7 +149,7 @@ def _verify(options: argparse.Namespace) -> int:
     )
     listing = _of_part(listing, part)
     start = time.perf_counter()
-    with _progress("verifying", len(sources), "shards") as advance:
+    with progress_bar("verifying", len(sources), "shards") as advance:
         found = verify(sources, processes=options.processes, on_shard=advance)
     passed_s = time.perf_counter() - start
     write_problems(listing, found.problems)
@@ -148,7 +157,7 @@ def _verify(options: argparse.Namespace) -> int:
     print(f"{found.samples:,} samples in {found.shards:,} shards: {len(found.problems):,} problems ({speed})")
     if not found.problems:
         return 0
-    _print_counts(Counter(problem.reason for problem in found.problems), "reason", "problems")
+    print_counts(Counter(problem.reason for problem in found.problems), "reason", "problems")
     print(f"{listing} lists them; leave them out with `python -m data_pipelines index ... --exclude {listing}`.")
     return 4
 
@@ -168,7 +177,7 @@ def _stats(options: argparse.Namespace) -> None:
             else:
                 _at_least_one(options.sample, "--sample")
                 sources = load_sources(options.sources, Path(scratch), processes=options.processes)
-            with _progress("counting", len(part.of(sources)), "shards") as advance:
+            with progress_bar("counting", len(part.of(sources)), "shards") as advance:
                 census = take_census(
                     sources,
                     limit=options.sample,
@@ -186,31 +195,8 @@ def _stats(options: argparse.Namespace) -> None:
     write_atomically(
         options.output, lambda tmp: tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     )
-    _print_census(content)
+    print_census(content)
     print(f"{options.output}: the same as JSON")
-
-
-def _print_census(content: dict[str, Any]) -> None:
-    print(f"{content['samples']:,} samples in {content['shards']:,} shards of {content['bytes'] / 1e9:,.2f} GB")
-    table = Table()
-    table.add_column("", no_wrap=True)
-    measured = {name: value for name, value in content.items() if isinstance(value, dict) and "mean" in value}
-    for name in next(iter(measured.values())):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, numbers in measured.items():
-        table.add_row(name.replace("_", " "), *map(_short, numbers.values()))
-    _OUT.print(table)
-    for kind, numbers in content["duplicates"].items():
-        print(f"{numbers['repeated']:,} {kind} equal an earlier one, in {numbers['groups']:,} groups")
-    for title, unit in (("formats", "images"), ("languages", "captions"), ("unusable", "samples")):
-        _print_counts(Counter(content[title]), title, unit)
-
-
-def _short(number: float) -> str:
-    for unit, name in ((10**9, "G"), (10**6, "M")):
-        if number >= unit:
-            return f"{number / unit:.3f} {name}"
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -223,7 +209,7 @@ def _inspect(options: argparse.Namespace) -> None:
     _at_least_one(options.samples, "--samples")
     with TemporaryDirectory() as scratch:
         sources = load_sources(options.sources, Path(scratch), processes=options.processes)
-        with _progress("counting", len(sources), "shards") as advance:
+        with progress_bar("counting", len(sources), "shards") as advance:
             found = inspect(
                 options.sources,
                 sources,
@@ -243,7 +229,7 @@ def _inspect(options: argparse.Namespace) -> None:
             f"No font here has {len(missing):,} of the characters, which {picture.name} shows as escapes: install one "
             f"that has them, such as Debian's fonts-noto-cjk."
         )
-    _print_counts(found.census.unusable, "unusable", "samples")
+    print_counts(found.census.unusable, "unusable", "samples")
 
 
 def _reshard(options: argparse.Namespace) -> None:
@@ -258,12 +244,12 @@ def _reshard(options: argparse.Namespace) -> None:
         job = Resharding(tuple(sources), folder, options.samples_per_shard, options.seed)
         job.start()
         ours = part.of(range(job.num_shards))
-        with _progress("writing", len(ours), "shards") as advance:
+        with progress_bar("writing", len(ours), "shards") as advance:
             written = job.write(part=part, processes=options.processes, on_shard=advance)
     table = Table("", "samples", "shards")
     table.add_row("sources", f"{job.samples:,}", f"{len(sources):,}")
     table.add_row(str(folder), f"{job.samples:,}", f"{job.num_shards:,}")
-    _OUT.print(table)
+    OUT.print(table)
     print(f"{written:,} of {len(ours):,} shards were written, the others were there")
     if part == WHOLE:
         shards = [job.path(shard) for shard in range(job.num_shards)]
@@ -294,7 +280,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
     from data_pipelines.reader import iter_captions
     from data_pipelines.tokenizer import SentencePieceTokenizer, export_tokenizer, train_sentencepiece
 
-    with _progress("reading captions", None, "captions") as advance:
+    with progress_bar("reading captions", None, "captions") as advance:
 
         def captions() -> Iterator[str]:
             for caption in iter_captions(Manifest.load(options.manifest)):
@@ -308,34 +294,32 @@ def _tokenizer(options: argparse.Namespace) -> None:
         print(f"{options.export}: the same as a Hugging Face tokenizer")
 
 
-def _print_counts(counts: Counter[str], *titles: str) -> None:
-    if counts:
-        table = Table(titles[0])
-        table.add_column(titles[1], justify="right")
-        for name, count in counts.most_common(_MAX_ROWS):
-            table.add_row(Text(name), f"{count:,}")
-        if len(counts) > _MAX_ROWS:
-            table.add_row(f"{len(counts) - _MAX_ROWS:,} others", f"{sum(sorted(counts.values())[:-_MAX_ROWS]):,}")
-        _OUT.print(table)
+def _adopt(options: argparse.Namespace) -> None:
+    from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer
+
+    added = adopt_tokenizer(options.folder, options.output)
+    size = Tokenizer.load(options.output).vocab_size
+    print(f"{options.output}: {size:,} pieces; {', '.join(added) if added else 'no token'} was added")
 
 
-def _print_reasons(reasons: Counter[str], title: str) -> None:
-    if reasons:
-        _CONSOLE.print(f"{title}:", soft_wrap=True, highlight=False)
-        table = Table()
-        table.add_column("reason")
-        table.add_column("count", justify="right")
-        for reason, count in reasons.most_common():
-            table.add_row(Text(reason), f"{count:,}")
-        _CONSOLE.print(table)
+def _coverage(options: argparse.Namespace) -> None:
+    from data_pipelines.manifest import Manifest
+    from data_pipelines.reader import iter_captions
+    from data_pipelines.tokenizer import Tokenizer, coverage
 
-
-@contextmanager
-def _progress(title: str, total: int | None, unit: str):
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
-    with Progress(*columns, console=_CONSOLE) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+    found = coverage(
+        Tokenizer.load(options.tokenizer), iter_captions(Manifest.load(options.manifest)), options.text_length
+    )
+    print(f"{found.captions:,} captions, of which {found.cut_share:.2%} are cut at {options.text_length} tokens")
+    table = Table("pieces a caption", "mean", "median", "p95", "p99", "most")
+    lengths = (found.median_pieces, found.p95_pieces, found.p99_pieces, found.max_pieces)
+    table.add_row("", f"{found.mean_pieces:.1f}", *map(str, lengths))
+    OUT.print(table)
+    for what, pieces in (("word", found.pieces_per_word), ("Chinese character", found.pieces_per_cjk_character)):
+        if pieces is not None:
+            print(f"{pieces:.2f} pieces a {what}")
+    print(f"{found.unknown_share:.3%} of the pieces are unknown; {found.vocabulary_share:.1%} of the vocabulary occurs")
+    print_counts(Counter(dict(found.unknown_characters)), "unknown character", "times")
 
 
 _COMMANDS = {
@@ -347,6 +331,8 @@ _COMMANDS = {
     "inspect": _inspect,
     "reshard": _reshard,
     "tokenizer": _tokenizer,
+    "adopt": _adopt,
+    "coverage": _coverage,
 }
 
 

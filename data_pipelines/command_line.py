@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
         "and, if you like, key.json. A manifest lists them once and for all; training reads the manifest.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_demo, _pack, _index, _verify, _stats, _inspect, _reshard, _tokenizer):
+    for add in (_demo, _pack, _index, _verify, _stats, _inspect, _reshard, _tokenizer, _adopt, _coverage):
         add(commands)
     return parser
 
@@ -30,13 +30,18 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         commands,
         "demo",
         "draw a small corpus to try everything with (half a minute)",
-        "Draws scenes of two coloured shapes with captions that say how they stand to each other.",
+        "Draws scenes of two coloured shapes with captions that say how they stand to each other, or emoji on coloured "
+        "grounds with captions in English and Chinese.",
     )
     demo.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    demo.add_argument("--kind", choices=("scenes", "emoji"), default="scenes", help="what to draw")
+    demo.add_argument("--font", type=Path, help="of emoji; by default one that is installed")
     demo.add_argument("--train", type=int, default=20_000, help="training samples")
     demo.add_argument("--heldout", type=int, default=512, help="held-out samples")
     demo.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    demo.add_argument("--vocab-size", type=int, default=512, help="pieces of the tokenizer, at most")
+    demo.add_argument(
+        "--vocab-size", type=int, help="pieces of the tokenizer, at most; by default 512, and 2048 of emoji"
+    )
     demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
 
 
@@ -167,6 +172,30 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
     tokenizer.add_argument("--vocab-size", type=int, required=True, help="pieces, at most: 30000 suits web captions")
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
+
+
+def _adopt(commands: argparse._SubParsersAction) -> None:
+    adopt = _add(
+        commands,
+        "adopt",
+        "give a Hugging Face tokenizer the special tokens that pretraining needs",
+        "Writes a copy of the tokenizer in which [PAD], [UNK], [CLS], [SEP] and [MASK] have ids of their own. Tokens "
+        "that are missing get the ids after the last.",
+    )
+    adopt.add_argument("folder", type=Path, metavar="FOLDER", help="as `save_pretrained` writes it")
+    adopt.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+
+
+def _coverage(commands: argparse._SubParsersAction) -> None:
+    coverage = _add(
+        commands,
+        "coverage",
+        "measure how a tokenizer suits the captions of a manifest",
+        "Counts pieces a caption, captions that are cut, and characters that are unknown.",
+    )
+    coverage.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help=".model, or folder of a Hugging Face one")
+    coverage.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
+    coverage.add_argument("--text-length", type=int, default=64, help="tokens of a caption, as in the model's config")
 
 
 _SOURCES = "manifest.json, or shards as `index` takes them: files, folders, globs, braces, URLs"

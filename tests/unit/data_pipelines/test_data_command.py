@@ -1,17 +1,20 @@
 """The command line: an index of anything webdataset writes, a tokenizer, and errors in one line."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from corpus import Corpus, jpeg
 
 from data_pipelines.__main__ import main
 from data_pipelines.manifest import Manifest
 from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenizer import Tokenizer, export_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,7 +48,10 @@ def test_an_error_is_one_line_without_a_traceback_and_exit_code_4(tmp_path: Path
     assert run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["pack"], ["index"], ["tokenizer"]])
+COMMANDS = ("demo", "pack", "index", "verify", "stats", "inspect", "reshard", "tokenizer", "adopt", "coverage")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_is_there_for_every_command(command: list[str], capfd: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as leaving:
         main([*command, "--help"])
@@ -56,7 +62,132 @@ def test_help_is_there_for_every_command(command: list[str], capfd: pytest.Captu
 def test_light_modules_load_neither_torch_nor_opencv():
     light = (
         "data_pipelines",
-        *(f"data_pipelines.{name}" for name in ("config", "errors", "manifest", "order", "index")),
+        *(
+            f"data_pipelines.{name}"
+            for name in ("config", "errors", "manifest", "order", "index", "command_line", "console", "__main__")
+        ),
     )
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+def index(folder: Path, *options: str) -> int:
+    return main(["index", str(folder), "-o", str(folder / "m.json"), "--processes", "1", *options])
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A shard of four samples that differ in what the options of `index` look at."""
+    described = (
+        ("a", 40, 90, "first words", {"lang": "en", "score": 0.5, "uid": f"{1:032x}"}),
+        ("b", 40, 40, "first words", {"lang": "zh", "score": 0.1}),
+        ("c", 20, 20, "other", {"lang": "de", "score": 0.3}),
+        ("d", 40, 40, "", {}),
+    )
+    samples = [
+        {"__key__": key, "jpg": jpeg(number, height, width), "txt": text.encode(), "json": json.dumps(fields).encode()}
+        for number, (key, height, width, text, fields) in enumerate(described)
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    np.save(tmp_path / "uids.npy", np.array([(0, 1)], dtype="u8,u8"))
+    (tmp_path / "list.jsonl").write_text(json.dumps({"shard": "0.tar", "key": "b"}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        *(([], "abc"), (["--min-size", "30"], "ab"), (["--max-aspect", "2"], "bc")),
+        *((["--caption-characters", "6:"], "ab"), (["--caption-characters", ":5"], "c")),
+        *((["--language", "lang=en,zh"], "ab"), (["--min-score", "score=0.3"], "ac")),
+        *((["--uids", "uids.npy"], "a"), (["--unique", "caption"], "ac"), (["--exclude", "list.jsonl"], "ac")),
+        (["--unique", "image", "--unique", "caption", "--min-size", "30"], "a"),
+    ],
+)
+def test_every_option_of_index_keeps_what_it_says_and_faults_are_listed(
+    shard: Path, options: list[str], kept: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(shard)
+    assert index(shard, *options) == 0
+    bits = Manifest.load(shard / "m.json").kept(0)
+    assert bits is not None
+    assert "".join("abcd"[number] for number in bits) == kept
+    listed = [json.loads(line) for line in (shard / "m.dropped.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["reason"]) for row in listed] == [("d", "empty caption")]
+    assert "empty caption" in capfd.readouterr().err
+    assert index(shard, *options) == 0
+    assert "1 of these shards had been scanned before" in capfd.readouterr().out
+
+
+def test_checksums_are_those_of_the_shards_and_come_only_when_asked_for(shard: Path):
+    index(shard)
+    assert Manifest.load(shard / "m.json").shards[0].sha256 == ""
+    index(shard, "--checksums")
+    expected = hashlib.sha256((shard / "0.tar").read_bytes()).hexdigest()
+    assert Manifest.load(shard / "m.json").shards[0].sha256 == expected
+
+
+def test_a_list_of_faults_does_not_outlive_them(shard: Path):
+    index(shard)
+    write_shard(shard / "0.tar", [{"__key__": "a", "jpg": jpeg(0), "txt": b"whole"}])
+    index(shard)
+    assert not (shard / "m.dropped.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--language", "en"], "write FIELD=VALUE, not 'en'"),
+        (["--caption-characters", "a:b"], "write FEWEST:MOST, as in 5:1000, not 'a:b'"),
+        (["--unique", "uid"], "invalid choice"),
+    ],
+)
+def test_an_option_that_is_written_otherwise_is_refused_with_an_example(
+    shard: Path, options: list[str], words: str, capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        index(shard, *options)
+    assert words in capfd.readouterr().err
+
+
+def test_a_score_that_is_no_number_is_refused_in_one_sentence(shard: Path, capfd: pytest.CaptureFixture[str]):
+    assert index(shard, "--min-score", "score=high") == 4
+    assert capfd.readouterr().err == "--min-score high is no number: write FIELD=NUMBER, such as similarity=0.28.\n"
+
+
+def test_filters_and_counts_of_others_do_not_go_together(shard: Path, capfd: pytest.CaptureFixture[str]):
+    assert index(shard, "--trust-stats", "--min-size", "30") == 4
+    assert capfd.readouterr().err == (
+        "--trust-stats reads no sample, so that neither filters nor --checksums can be applied: leave it or them out.\n"
+    )
+
+
+def test_an_adopted_tokenizer_is_measured_on_a_manifest(
+    corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    export_tokenizer(corpus.tokenizer, tmp_path / "theirs")
+    assert main(["adopt", str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 0
+    assert "no token was added" in capfd.readouterr().out
+    assert main(["coverage", str(tmp_path / "ours"), str(corpus.manifest), "--text-length", "12"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"164 captions, of which \d+\.\d\d% are cut at 12 tokens", out)
+    assert "pieces a word" in out
+
+
+def test_a_font_without_emoji_is_refused_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["demo", str(tmp_path / "d"), "--font", "x.ttf"]) == 4
+    assert capfd.readouterr().err == "--font x.ttf is for emoji alone: add --kind emoji, or leave it out.\n"
+    assert main(["demo", str(tmp_path / "d"), "--kind", "emoji", "--font", str(tmp_path / "x.ttf")]) == 4
+    assert "x.ttf" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "stats", "inspect", "reshard"])
+def test_a_tool_with_nothing_to_read_says_so_in_one_sentence(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    for source, words in ((tmp_path / "none.json", "There is no manifest at"), (tmp_path / "none", "No shards at")):
+        assert main([command, str(source), "-o", str(tmp_path / "out")]) == 4
+        error = capfd.readouterr().err
+        assert error.startswith(words)
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,72 @@
+"""What the command line shows: tables on stdout, reasons and progress on stderr."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+OUT, _ERR = Console(), Console(stderr=True)
+_MAX_ROWS = 20  # of a table of reasons
+
+
+def print_census(content: dict[str, Any]) -> None:
+    """What `Census.to_dict` says, as tables."""
+    print(f"{content['samples']:,} samples in {content['shards']:,} shards of {content['bytes'] / 1e9:,.2f} GB")
+    table = Table()
+    table.add_column("", no_wrap=True)
+    measured = {name: value for name, value in content.items() if isinstance(value, dict) and "mean" in value}
+    for name in next(iter(measured.values())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, numbers in measured.items():
+        table.add_row(name.replace("_", " "), *map(_short, numbers.values()))
+    OUT.print(table)
+    for kind, numbers in content["duplicates"].items():
+        print(f"{numbers['repeated']:,} {kind} equal an earlier one, in {numbers['groups']:,} groups")
+    for title, unit in (("formats", "images"), ("languages", "captions"), ("unusable", "samples")):
+        print_counts(Counter(content[title]), title, unit)
+
+
+def _short(number: float) -> str:
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * unit:
+            return f"{number / unit:.4g} {name}"
+    return f"{number:.4g}"
+
+
+def print_counts(counts: Counter[str], *titles: str) -> None:
+    """The most frequent names of a counter as a table of two columns, if there are any."""
+    if counts:
+        table = Table(titles[0])
+        table.add_column(titles[1], justify="right")
+        for name, count in counts.most_common(_MAX_ROWS):
+            table.add_row(Text(name), f"{count:,}")
+        if len(counts) > _MAX_ROWS:
+            table.add_row(f"{len(counts) - _MAX_ROWS:,} others", f"{sum(sorted(counts.values())[:-_MAX_ROWS]):,}")
+        OUT.print(table)
+
+
+def print_reasons(reasons: Counter[str], title: str) -> None:
+    """What was left out and why, beside the result on stdout."""
+    if reasons:
+        _ERR.print(f"{title}:", soft_wrap=True, highlight=False)
+        table = Table()
+        table.add_column("reason")
+        table.add_column("count", justify="right")
+        for reason, count in reasons.most_common():
+            table.add_row(Text(reason), f"{count:,}")
+        _ERR.print(table)
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None, unit: str):
+    """A bar that the function it gives moves on by one."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    with Progress(*columns, console=_ERR) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
