@@ -127,9 +127,12 @@ class ModelConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    """Image-text contrastive objective (ITC): InfoNCE over all samples of a micro-step, on all ranks."""
+    """Image-text contrastive objective (ITC): InfoNCE over all samples of a micro-step or of a step, on all ranks."""
 
     weight: float = Field(default=1.0, gt=0)
+    negatives: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """micro_batch: samples of one micro-step, on all ranks. global_batch: of the whole optimizer step, exactly, so that
+    accumulation no longer changes what is optimised; the towers run once more, without gradient."""
     temperature: float = Field(default=0.07, gt=0)
     """Where the learnable temperature starts."""
     min_temperature: float = Field(default=0.01, gt=0)
@@ -214,7 +217,7 @@ class TrainingConfig(Section):
     global_batch: int = Field(gt=0)
     """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-steps an optimizer step. Contrastive negatives come from one micro-step."""
+    """Micro-steps an optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)

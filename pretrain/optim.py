@@ -48,7 +48,7 @@ def build_optimizer(
     """
     decayed, plain, temperature = [], [], []
     for name, parameter in named:
-        if name == "align.log_scale":
+        if name == "align.temperature.log_scale":
             temperature.append(parameter)
         else:
             (decayed if len(shapes[name]) > 1 else plain).append(parameter)

@@ -51,8 +51,9 @@ class Trainer:
         sections = {name: getattr(config.objectives, name) for name in OBJECTIVES}
         self.weights = {name: section.weight for name, section in sections.items() if section}
         # Live view of the temperature's master copy, on the one rank that saves it.
-        views = (f.tensors["master"] for f in engine.fragments() if f.name == "align.log_scale" and f.saved_here)
-        self.log_scale = next(views, None)
+        saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
+        temperature = saved.get("align.temperature.log_scale")
+        self.log_scale = temperature.tensors["master"] if temperature else None
 
     def resume(self) -> None:
         """Goes on from the newest valid checkpoint, as `checkpoint.resume` says; call it once, before `fit`.

@@ -27,8 +27,12 @@ class Flow(NamedTuple):
     caption_ids: Tensor  # (B,) int64
     losses: Tensor  # (3,) float32, unweighted, in the order of OBJECTIVES
     counts: Tensor  # (3, 2) int64: right answers and questions, in the order of OBJECTIVES
+    image_pull: Tensor  # (B, E) float32: gradient of the global batch's contrastive loss with regard to each embedding,
+    text_pull: Tensor  # where a first pass has found it out; else (0,)
+    pulled: Tensor  # (4,) float32: that loss, its gradient with regard to log_scale, rows right, rows asked; else (0,)
     image_embeddings: Tensor  # (B, E) float32, unit length, detached; filled in by the align layer
     text_embeddings: Tensor  # (B, E)
+    log_scale: Tensor  # (1,) logarithm of the inverse temperature, detached; filled in by the align layer
 
     def reporting(self, objective: str, loss: Tensor, counts: Tensor) -> "Flow":
         """This flow with one objective's loss and counts added."""
@@ -49,6 +53,9 @@ def start_flow(
     image_ids: Tensor,
     caption_ids: Tensor,
     pad_id: int,
+    image_pull: Tensor | None = None,
+    text_pull: Tensor | None = None,
+    pulled: Tensor | None = None,
 ) -> Flow:
     """The flow before the first layer. Without `masked_text` the text rows are the clean captions alone."""
     rows = text if masked_text is None else torch.cat([text, masked_text])
@@ -67,6 +74,10 @@ def start_flow(
         caption_ids=caption_ids,
         losses=torch.zeros(len(OBJECTIVES), device=images.device),
         counts=positions.new_zeros(len(OBJECTIVES), 2),
+        image_pull=nothing if image_pull is None else image_pull,
+        text_pull=nothing if text_pull is None else text_pull,
+        pulled=nothing if pulled is None else pulled,
         image_embeddings=nothing,
         text_embeddings=nothing,
+        log_scale=nothing,
     )

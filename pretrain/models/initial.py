@@ -35,7 +35,7 @@ def initial_value(name: str, shape: torch.Size, config: Config) -> Tensor:
 
     Source: CLIP's and GPT-2's published initialisation (GPT-2, section 2.3, for the residual projections).
     """
-    if name == "align.log_scale":
+    if name == "align.temperature.log_scale":
         return torch.full(shape, math.log(1 / config.objectives.contrastive.temperature))
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)

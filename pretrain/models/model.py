@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config
+from pretrain.models.align import Align, Embeddings
 from pretrain.models.architectures import LayerSpec
 from pretrain.models.flow import OBJECTIVES, Flow, start_flow
 from pretrain.models.initial import build_layer
@@ -49,6 +50,15 @@ class VisionLanguageModel(nn.Module):
             else:
                 flow = layer(flow)
         return self.summarise(flow)
+
+    def embed(self, masked_text: Tensor, **batch: Tensor) -> Embeddings:
+        """The towers alone, as far as the contrastive objective needs them. The arguments are those of `forward`."""
+        flow = start_flow(masked_text=None, pad_id=self.pad_id, **batch)
+        for layer in self.children():
+            if isinstance(layer, Align):
+                return layer.embed(flow)
+            flow = layer(flow)
+        raise AssertionError("every architecture aligns")
 
     def summarise(self, flow: Flow) -> Output:
         weights = torch.tensor(self.weights, device=flow.losses.device)

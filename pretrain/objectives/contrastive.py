@@ -1,17 +1,21 @@
 """Image-text contrastive objective (ITC): InfoNCE over every sample of the micro-step.
 
-Shapes: B samples on this rank, G on all ranks, E embedding width.
+Shapes: B samples on this rank, G on all ranks, E embedding width, R rows at a time.
 Source: CLIP, section 2.3 and figure 3; false negatives by id as in ALBEF's retrieval fine-tuning, here from the
 first step of pretraining.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.collectives import Group, gather, gather_with_gradient, row_offset
+
+MAX_LOGITS = 1 << 26  # at a time: 256 MiB. 4,096 rows a rank against 65,536 columns are four times as many.
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,31 @@ def contrastive_loss(
     """
     image_GE = gather_with_gradient(image_BE, group)
     text_GE = gather_with_gradient(text_BE, group)
-    B = image_BE.shape[0]
+    B, G = image_BE.shape[0], image_GE.shape[0]
     own = row_offset(B, group) + torch.arange(B, device=image_BE.device)  # (B,) column of each row's partner
-    false_negative = identity.same(identity.gathered(group))  # (B, G)
-    false_negative[torch.arange(B, device=own.device), own] = False
+    everyone = identity.gathered(group)
 
     loss = image_BE.new_zeros((), dtype=torch.float32)
     correct = own.new_zeros(())
-    for rows_BE, columns_GE in ((image_BE, text_GE), (text_BE, image_GE)):
-        logits_BG = log_scale.float().exp() * (rows_BE @ columns_GE.T).float()
-        logits_BG = logits_BG.masked_fill(false_negative, float("-inf"))
-        loss = loss + F.cross_entropy(logits_BG, own) / 2
-        correct = correct + (logits_BG.argmax(dim=1) == own).sum()
+    rows = max(1, MAX_LOGITS // G)
+    for start in range(0, B, rows):
+        part = slice(start, start + rows)
+        ids = Identity(identity.image_ids[part], identity.caption_ids[part])
+        for rows_BE, columns_GE in ((image_BE, text_GE), (text_BE, image_GE)):
+            compute = partial(_rows_loss, rows_BE[part], columns_GE, log_scale, ids, everyone, own[part])
+            if rows < B:  # only some rows' logits are there at a time, forwards and backwards
+                compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+            summed, right = compute()
+            loss, correct = loss + summed / (2 * B), correct + right
     return loss, torch.stack([correct, torch.full_like(correct, 2 * B)])
+
+
+def _rows_loss(
+    rows_RE: Tensor, columns_GE: Tensor, log_scale: Tensor, identity: Identity, everyone: Identity, own: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of R rows against all columns, summed, and how many rank their own partner first."""
+    false_negative = identity.same(everyone)  # (R, G)
+    false_negative[torch.arange(len(own), device=own.device), own] = False
+    logits_RG = log_scale.float().exp() * (rows_RE @ columns_GE.T).float()
+    logits_RG = logits_RG.masked_fill(false_negative, float("-inf"))
+    return F.cross_entropy(logits_RG, own, reduction="sum"), (logits_RG.argmax(dim=1) == own).sum()

@@ -12,6 +12,7 @@ from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Mesh, training_dtype
+from pretrain.parallel.negatives import with_pulls
 from pretrain.parallel.tensor import Part, build_part
 
 
@@ -22,6 +23,7 @@ class ReplicatedEngine:
         self.device = mesh.device
         self.mesh = mesh
         self.clip = config.optimizer.clip
+        self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
         layers: dict[str, nn.Module] = {}
         self.parts: dict[str, Part] = {}
         for spec in specs:
@@ -44,8 +46,8 @@ class ReplicatedEngine:
     def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
         losses, counts = 0, 0
         self.model.train()
-        for batch in micro_batches:
-            output = self.model(**batch.tensors())
+        for batch, pull in with_pulls(self.model.embed, micro_batches, self.global_negatives, self.mesh.dp.group):
+            output = self.model(**batch.tensors(), **pull)
             (output.loss / len(micro_batches)).backward()
             losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
             for master, weight in zip(self.masters.values(), self.model.parameters(), strict=True):

@@ -15,6 +15,7 @@ from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Axis, Mesh, training_dtype
+from pretrain.parallel.negatives import with_pulls
 from pretrain.parallel.tensor import Part, build_part
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
@@ -33,6 +34,7 @@ class ZeroEngine:
         self.device = mesh.device
         self.mesh = mesh
         self.stage = config.engine.zero_stage
+        self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
         topology = Topology(mesh)
         layers: dict[str, nn.Module] = {}
@@ -67,8 +69,9 @@ class ZeroEngine:
             group["lr"] = learning_rate
         losses, counts = 0, 0
         self.engine.train()
-        for batch in micro_batches:
-            output = self.engine(**batch.tensors())
+        embed = self.engine.module.embed  # not through DeepSpeed's forward, which prepares a backward pass
+        for batch, pull in with_pulls(embed, micro_batches, self.global_negatives, self.mesh.dp.group):
+            output = self.engine(**batch.tensors(), **pull)
             losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
             # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
             finite = torch.where(output.loss.isfinite(), 1.0, torch.nan)

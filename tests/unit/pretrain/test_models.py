@@ -97,8 +97,8 @@ def test_initial_weights_follow_from_seed_and_name_alone():
         if "project" not in name or "image_embed" in name:
             assert torch.equal(parameter, same[name]), name
     assert not torch.equal(one.image_embed.project.weight, other.image_embed.project.weight)
-    assert one.align.log_scale.shape == (1,)
-    assert torch.allclose(one.align.log_scale.exp(), torch.tensor([1 / 0.07]))
+    assert one.align.temperature.log_scale.shape == (1,)
+    assert torch.allclose(one.align.temperature.log_scale.exp(), torch.tensor([1 / 0.07]))
 
 
 def test_negatives_do_not_depend_on_how_the_batch_is_cut():

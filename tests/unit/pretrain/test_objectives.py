@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import UNUSED, masked_lm_loss
@@ -41,6 +42,35 @@ def test_pairs_that_share_an_image_or_a_caption_are_no_negatives():
         logits[i, j] = -math.inf
     expected = (F.cross_entropy(logits, torch.arange(B)) + F.cross_entropy(logits.T, torch.arange(B))) / 2
     torch.testing.assert_close(loss, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches how large the tensors are that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+def test_logits_that_are_too_many_are_made_some_rows_at_a_time_forwards_and_backwards(monkeypatch):
+    def run() -> tuple[list[torch.Tensor], int]:
+        leaves = [unit_vectors(0), unit_vectors(1), torch.tensor([2.0])]
+        with LargestTensor() as largest:
+            loss, counts = contrastive_loss(*(leaf.requires_grad_() for leaf in leaves), distinct(), None)
+            loss.backward()
+        return [loss.detach(), counts, *(leaf.grad for leaf in leaves)], largest.numel
+
+    whole, at_once = run()
+    monkeypatch.setattr("pretrain.objectives.contrastive.MAX_LOGITS", 5 * B)  # 12 rows are 5, 5 and 2
+    parts, at_most = run()
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+    assert at_once == B * B
+    assert at_most == B * E
 
 
 def test_negatives_come_from_the_pool_and_share_neither_image_nor_caption():
