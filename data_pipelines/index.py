@@ -18,7 +18,16 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.filters import Duplicates, Filters
-from data_pipelines.manifest import Manifest, Shard, index_folder, index_name, normalised, relative, save_array
+from data_pipelines.manifest import (
+    Manifest,
+    Shard,
+    index_folder,
+    index_name,
+    normalised,
+    relative,
+    save_array,
+    write_atomically,
+)
 from data_pipelines.parallel import each_done
 from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
 from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
@@ -74,7 +83,8 @@ class _Scan:
                     assert self.names is not None
                     save_array(described, features(source, rows, self.names))
                 if self.checksums:
-                    checksum.write_text(sha256_of(source))
+                    digest = sha256_of(source)
+                    write_atomically(checksum, lambda tmp: tmp.write_text(digest))
                 save_array(path, rows)
             assert rows is not None
             if (faults := np.flatnonzero(rows[:, 2])).size:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,9 +121,10 @@ def test_every_option_of_index_keeps_what_it_says_and_faults_are_listed(
 
 
 def test_checksums_are_those_of_the_shards_and_come_only_when_asked_for(shard: Path):
-    index(shard)
+    assert index(shard) == 0
     assert Manifest.load(shard / "m.json").shards[0].sha256 == ""
-    index(shard, "--checksums")
+    shutil.rmtree(shard / "m.index")
+    assert index(shard, "--checksums") == 0
     expected = hashlib.sha256((shard / "0.tar").read_bytes()).hexdigest()
     assert Manifest.load(shard / "m.json").shards[0].sha256 == expected
 
