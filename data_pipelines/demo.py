@@ -28,6 +28,7 @@ class Kind(Protocol):
     """What a demonstration corpus shows. It is pickled to the processes that draw."""
 
     title: str
+    default_heldout: int  # samples of which no two look the same
     default_vocab_size: int  # pieces of a tokenizer that suits the captions
 
     def record(self) -> dict[str, object]:
@@ -47,6 +48,7 @@ class Scenes:
     """Two coloured shapes and how they stand to each other."""
 
     title = "scenes"
+    default_heldout = 512
     default_vocab_size = 512
 
     def record(self) -> dict[str, object]:
