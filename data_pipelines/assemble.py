@@ -108,10 +108,12 @@ class Assembler:
 
     def _with_image(self, found: _Captioned) -> Row:
         image = found.sample.image
-        choose_box = centre_box
         if self.augmentation:
             choose_box = partial(self.augmentation.box, position=found.position, caption=found.caption)
-        pixels = decode_crop(image, choose_box, self.image_size)
+            pixels = decode_crop(image, choose_box, self.image_size)
+            pixels = self.augmentation.distorted(pixels, position=found.position)
+        else:
+            pixels = decode_crop(image, centre_box, self.image_size)
         return found.row | {
             "images": pixels.transpose(2, 0, 1),  # a view; np.stack, too, leaves the pixels as they lie
             "image_ids": hash64(image, "<i8"),

@@ -1,4 +1,4 @@
-"""Which part of an image is looked at: a random crop keyed by the sample's position, or the centre."""
+"""How an image is looked at: a random crop, keyed by the sample's position and varied, or the centre as it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from data_pipelines.config import AugmentConfig
+from data_pipelines.distort import distort
 from data_pipelines.randomness import Purpose, uniform
 
 _MAX_DISTORTION = 4 / 3  # of the crop's sides, as in the usual random-resized crop
@@ -46,6 +49,10 @@ class Augmentation:
         """The part of an image of `height` x `width` pixels that is looked at."""
         box = random_box(height, width, scale=self.crop_scale, flip=self.flip, seed=self.seed, position=position)
         return box._replace(flip=False) if box.flip and _SIDE.search(caption) else box
+
+    def distorted(self, pixels: np.ndarray, *, position: int) -> np.ndarray:
+        """The crop as it is to be seen; both (size, size, 3) uint8."""
+        return distort(pixels, self.config, seed=self.seed, position=position)
 
 
 def random_box(height: int, width: int, *, scale: tuple[float, float], flip: bool, seed: int, position: int) -> Box:

@@ -40,6 +40,9 @@ class Purpose(IntEnum):
     RESHARD = 7
     SOURCE = 8
     INSPECT = 9
+    RAND_AUGMENT = 10
+    COLOR_JITTER = 11
+    BLUR = 12
 
 
 def raw(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:
@@ -48,7 +51,6 @@ def raw(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:
     words = state["state"]
     words["key"][:] = seed & _WORD, purpose
     words["counter"][:] = (0, *counter, 0, 0, 0)[:4]  # the first counts the numbers drawn
-    state["buffer_pos"] = 4  # nothing is left over from the last draw
     _philox.generator.state = state
     return _philox.generator.random_raw(size)
 
