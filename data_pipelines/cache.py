@@ -17,7 +17,8 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from data_pipelines.errors import DataError
@@ -37,6 +38,12 @@ class _Original:
     size: int  # bytes
     version: str = ""
     sha256: str = ""
+
+    @cached_property
+    def name(self) -> str:
+        """Of its file in the cache."""
+        what = f"{self.location}\n{self.size}\n{self.version}\n{self.sha256}"
+        return f"shard-{hashlib.sha256(what.encode()).hexdigest()[:32]}.tar"
 
 
 @dataclass
@@ -126,17 +133,7 @@ class ShardCache:
                 os.close(descriptor)
 
     def _path(self, original: _Original) -> Path:
-        digest = hashlib.sha256("\n".join(map(str, astuple(original))).encode()).hexdigest()
-        return self._folder / f"shard-{digest[:32]}.tar"
-
-    def _read(self, original: _Original, offset: int, size: int) -> bytes:
-        descriptor = self._opened(original)
-        assert descriptor is not None
-        source = LocalFile(descriptor, f"{self._path(original)}, a copy of {shown(original.location)},")
-        try:
-            return source.read(offset, size)
-        finally:
-            source.close()
+        return self._folder / original.name
 
     def _is_there(self, original: _Original) -> bool:
         descriptor = _open_whole(self._path(original), original.size)
@@ -269,10 +266,17 @@ class _CachedFile:
 
     def __init__(self, cache: ShardCache, original: _Original):
         self._cache, self._original = cache, original
+        self._label = f"{cache._path(original)}, a copy of {shown(original.location)},"
         self.size, self.version = original.size, original.version
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._cache._read(self._original, offset, size)
+        descriptor = self._cache._opened(self._original)
+        assert descriptor is not None
+        source = LocalFile(descriptor, self._label)
+        try:
+            return source.read(offset, size)
+        finally:
+            source.close()
 
     def close(self) -> None:
         pass
