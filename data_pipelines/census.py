@@ -218,7 +218,7 @@ class _Count:
 
     def __call__(self, task: _Task) -> Census:
         source, census = task.source, Census()
-        data = source.open()
+        data = source.open(ahead=task.chosen is None)
         try:
             census.measured["shard_bytes"].add(data.size)
             rows = source.rows(data)

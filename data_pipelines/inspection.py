@@ -115,7 +115,7 @@ def choose(total: int, count: int, seed: int) -> np.ndarray:
 def _read(source: Source, numbers: np.ndarray, problems: list[Problem]) -> list[Sample]:
     """The samples in some rows; those that cannot be read become problems."""
     samples: list[Sample] = []
-    data = source.open()
+    data = source.open(ahead=False)
     try:
         rows = source.rows(data)
         for start, stop, _ in rows[numbers].tolist():

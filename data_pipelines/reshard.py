@@ -113,7 +113,7 @@ class Resharding:
         places = iter(order.tolist())
         found: dict[int, tuple[Source, str, dict[str, bytes | str]]] = {}
         for source, chosen in by_source(self.sources, positions[order]):
-            data = source.open()
+            data = source.open(ahead=False)
             try:
                 rows = source.rows(data)
                 for start, stop, _ in rows[source.kept(len(rows))[chosen]].tolist():

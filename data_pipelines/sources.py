@@ -31,8 +31,11 @@ class Source:
     index: Path | None = None  # where that manifest keeps its byte ranges
     bits: np.ndarray | None = None  # which samples are kept, eight a byte; None for all
 
-    def open(self) -> ByteSource:
-        """Opens it to be read from its beginning to its end.
+    def open(self, *, ahead: bool) -> ByteSource:
+        """Opens it.
+
+        Args:
+            ahead: All of it will be read, so that a remote is read in large pieces.
 
         Raises:
             DataError: It cannot be opened, or is not what the manifest says.
@@ -44,7 +47,7 @@ class Source:
             if not is_remote(self.location):
                 check_size(entry)
             source = open_bytes(self.location, patience_s=PATIENCE_S, size=entry.bytes, version=entry.version)
-        return ReadAhead(source, is_remote(self.location))
+        return ReadAhead(source, ahead and is_remote(self.location))
 
     def indexed(self) -> np.ndarray | None:
         """(n, 3) int64: start, stop and Fault of all its samples from the index; None where that is not there."""
@@ -64,7 +67,7 @@ class Source:
         """
         rows = self.indexed()
         if rows is None:
-            rows = scan(source)
+            rows = scan(ReadAhead(source, is_remote(self.location)))
             if self.entry is not None and len(rows) != self.entry.indexed:
                 raise DataError(
                     f"Shard {self.location} holds {len(rows):,} samples but the manifest counts "

@@ -85,7 +85,7 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
 
 def _verify_shard(shard: Source) -> Verdict:
     try:
-        source = replace(shard, entry=None).open()  # whatever its size
+        source = replace(shard, entry=None).open(ahead=True)  # whatever its size
     except DataError as error:
         return Verdict(problems=[Problem(shard.location, "", MISSING, str(error))])
     verdict, entry = Verdict(bytes=source.size), shard.entry

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from corpus import Members, caption, jpeg, make_corpus, member
+from http_server import ShardServer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -197,3 +198,21 @@ def test_a_shard_whose_manifest_counts_other_samples_is_refused(tmp_path: Path):
     manifest.write_text(manifest.read_text().replace('"samples": 3', '"samples": 4'))
     with pytest.raises(DataError, match=r"holds 3 samples but the manifest counts 4: it has changed; run `python -m"):
         census_of(manifest)
+
+
+def test_a_remote_shard_is_read_in_large_pieces_when_all_of_it_is_and_else_by_the_sample(tmp_path: Path):
+    make_corpus(tmp_path / "c", tmp_path, (40,))
+    server = ShardServer()
+    try:
+        url = server.put("00000.tar", (tmp_path / "c" / "00000.tar").read_bytes())
+        sources = load_sources([url], tmp_path, processes=1)
+        server.requests.clear()
+        assert take_census(sources, processes=1).samples == 40
+        assert len(server.requests) == 1
+        server.requests.clear()
+        server.sent = 0
+        assert take_census(sources, limit=2, processes=1).samples == 2
+        assert len(server.requests) == 2
+        assert server.sent < 2 * 10_000
+    finally:
+        server.stop()
