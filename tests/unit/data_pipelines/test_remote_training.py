@@ -1,6 +1,7 @@
 """A corpus behind a server trains as the same corpus on a disk does, whatever the server does on the way."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -79,6 +80,19 @@ def test_each_shard_is_downloaded_once_where_there_is_a_cache(
     server.requests.clear()
     assert images(remote.training(cache=cache, patience_s=5)) == expected
     assert server.requests == []
+
+
+def test_shards_are_brought_into_the_cache_before_their_turn(
+    remote: Corpus, server: ShardServer, cache: dict[str, object]
+):
+    server.requests.clear()
+    data = remote.training(cache=cache, patience_s=5, lanes=1, global_batch=4)
+    batches = data.batches(data.initial_state())
+    next(batches)  # of one or two shards
+    deadline = time.monotonic() + 20
+    while len({request.path for request in server.requests}) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_shards_that_were_never_indexed_are_found_out_in_the_cache(
