@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint fuzz soak format clean
+.PHONY: help install demo test lint fuzz soak bench-data format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ fuzz: .venv/.installed ## Spoil shards in MUTANTS=100000 ways drawn by SEED=1, a
 
 soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed
 	@OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak.py $(or $(KILLS),200) $(or $(SEED),1)
+
+bench-data: .venv/.installed ## Measure the data pipelines on one core, in about ten minutes
+	@$(RUN) benchmarks.data
 
 format: .venv/.installed ## Format the code and mend what can be mended
 	@$(RUN) ruff format .

@@ -57,8 +57,8 @@ def _whole(height: int, width: int) -> Box:
 
 def _resized(crop: np.ndarray, size: int) -> np.ndarray:
     shrink = max(crop.shape[:2]) / size
-    if shrink <= 2:  # two pixels a side see all of what they stand for, and up to 1.5 four are sharper
-        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC if shrink <= 1.5 else cv2.INTER_LINEAR)
+    if shrink <= 2:  # up to there linear, and up to 1.4 cubic, is nearer to Lanczos than Pillow's bilinear
+        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC if shrink <= 1.4 else cv2.INTER_LINEAR)
     import torch  # takes a second, and packing never resizes
 
     pixels = torch.tensor(crop).permute(2, 0, 1)[None]

@@ -21,7 +21,7 @@ class _Philox(threading.local):
 
     def __init__(self) -> None:
         self.generator = np.random.Philox(0)
-        self.state = self.generator.state
+        self.state = self.generator.state  # of one that has drawn nothing; a copy, which drawing leaves alone
 
 
 _philox = _Philox()
