@@ -220,14 +220,15 @@ class _TrainingBatches(BatchDataset):
         self._sources, self._assembler = sources, assembler
         self._grains = grains  # of a micro-step, those of this rank
         self._ahead = PREFETCHED_MICRO_STEPS * grains_per_micro_step
+        self._asked = 0  # grains before this one have been asked for
 
     def make(self, key: tuple[Segment, int]) -> Batch:
         segment, first = key
         rows: list[Row] = []
         bad: list[BadSample] = []
+        self._prefetch(segment, first)
         for grain in range(first + self._grains.start, first + self._grains.stop, self._grains.step):
             rows += self._rows(segment, grain, bad)
-        self._prefetch(segment, first + self._ahead)
         return collate(rows, bad)
 
     def _rows(self, segment: Segment, grain: int, bad: list[BadSample]) -> Iterator[Row]:
@@ -259,7 +260,11 @@ class _TrainingBatches(BatchDataset):
         return source, *divmod(number, source.order.grains_per_epoch)
 
     def _prefetch(self, segment: Segment, first: int) -> None:
-        for grain in range(first + self._grains.start, first + self._grains.stop, self._grains.step):
+        # In the order of use, this micro-step's own included; what an earlier call asked for is not asked again.
+        stop = first + self._ahead
+        start = self._asked if first < self._asked <= stop else first
+        for grain in range(start + self._grains.start, stop, self._grains.step):
             source, epoch, number = self._locate(segment, grain)
             if source.reader.prefetches:
                 source.reader.prefetch(np.unique(source.order.locate(epoch, number)[0]).tolist())
+        self._asked = stop

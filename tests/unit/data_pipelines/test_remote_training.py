@@ -86,7 +86,7 @@ def test_shards_are_brought_into_the_cache_before_their_turn(
     remote: Corpus, server: ShardServer, cache: dict[str, object]
 ):
     server.requests.clear()
-    data = remote.training(cache=cache, patience_s=5, lanes=1, global_batch=4)
+    data = remote.training(cache=cache, patience_s=5, lanes=1, global_batch=8)
     batches = data.batches(data.initial_state())
     next(batches)  # of one or two shards
     deadline = time.monotonic() + 20
