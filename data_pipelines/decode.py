@@ -21,7 +21,10 @@ from data_pipelines.augment import Box
 from data_pipelines.errors import SampleError
 
 MAX_PIXELS = 64_000_000  # an 8000 x 8000 photograph; a decompression bomb declares far more
+MAX_SCANS = 100  # of a JPEG; progressive ones have about ten, and each decodes the whole image once more
 _FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are never offered untrusted bytes
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow would print warnings above its own bound, before ours is looked at
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> crop
 
@@ -69,6 +72,8 @@ def _resized(crop: np.ndarray, size: int) -> np.ndarray:
 def _crop_jpeg(data: bytes, choose_box: ChooseBox, size: int) -> tuple[np.ndarray, bool] | None:
     if not data.startswith(b"\xff\xd8"):
         return None
+    if data.count(b"\xff\xda") > MAX_SCANS:  # no entropy-coded byte looks like the beginning of a scan
+        raise SampleError(f"image of more than {MAX_SCANS} scans")
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         height, width = int(height), int(width)

@@ -107,6 +107,23 @@ def test_an_image_that_declares_too_many_pixels_is_refused_before_it_is_decoded(
         decode_crop(encoded(smooth(10, 10), form), centre_box, 8)
 
 
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded():
+    # Each scan decodes the whole image once more: 51 kB can take ten seconds.
+    data = encoded(smooth(64, 64), "JPEG", progressive=True)
+    assert decode_crop(data, centre_box, 8).shape == (8, 8, 3)
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2]
+    with pytest.raises(SampleError, match="image of more than 100 scans"):
+        decode_crop(data[:last] + 101 * scan + data[-2:], centre_box, 8)
+
+
+def test_a_large_image_prints_no_warning(recwarn: pytest.WarningsRecorder):
+    declared = encoded(Image.new("1", (9500, 9500)), "PNG")
+    with pytest.raises(SampleError, match="image of 9500 x 9500 pixels is larger"):
+        decode_crop(declared, centre_box, 8)
+    assert not recwarn.list
+
+
 def test_stray_bytes_in_a_jpeg_are_forgiven():
     data = jpeg(0)
     at = data.index(b"\xff\xdb")
