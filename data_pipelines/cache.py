@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -106,9 +106,11 @@ class ShardCache:
 
         Errors are left to the read that needs the shard, and nothing is removed that was used in the last minute.
         """
-        missing = [
-            original for original in (_Original(*request) for request in requests) if not self._is_there(original)
-        ]
+        originals = [_Original(*request) for request in requests]
+        try:
+            missing = [original for original in originals if not self._is_there(original)]
+        except OSError:
+            missing = []
         if not missing:
             return
         with self._arrival:
@@ -180,21 +182,19 @@ class ShardCache:
         return whole
 
     def _download(self, original: _Original, claim: int) -> None:
-        source = open_bytes(
-            original.location, size=original.size, version=original.version, patience_s=self._patience_s
-        )
+        location, size, version = original.location, original.size, original.version
         digest = hashlib.sha256()
-        for offset in range(0, original.size, CHUNK):
-            data = memoryview(source.read(offset, CHUNK))
-            if original.sha256:
-                digest.update(data)
-            while data:
-                written = os.pwrite(claim, data, offset)
-                data, offset = data[written:], offset + written
-        source.close()
+        with closing(open_bytes(location, size=size, version=version, patience_s=self._patience_s)) as source:
+            for offset in range(0, size, CHUNK):
+                data = memoryview(source.read(offset, CHUNK))
+                if original.sha256:
+                    digest.update(data)
+                while data:
+                    written = os.pwrite(claim, data, offset)
+                    data, offset = data[written:], offset + written
         if original.sha256 and digest.hexdigest() != original.sha256:
             raise DataError(
-                f"Shard {shown(original.location)} has changed: its SHA-256 is {digest.hexdigest()} but was "
+                f"Shard {shown(location)} has changed: its SHA-256 is {digest.hexdigest()} but was "
                 f"{original.sha256} when it was indexed; restore it, or write the manifest again with "
                 f"`python -m data_pipelines index`."
             )

@@ -457,8 +457,9 @@ def _http_options() -> dict[str, Any]:
 def _s3_options() -> dict[str, Any]:
     from fsspec.config import conf
 
-    # One attempt at a time: the patience is ours.
-    return {"config_kwargs": {**conf.get("s3", {}).get("config_kwargs", {}), "retries": {"total_max_attempts": 1}}}
+    users = conf.get("s3", {}).get("config_kwargs", {})
+    # Botocore's ten connections would be fewer than the reads of a process. One attempt: the patience is ours.
+    return {"config_kwargs": {"max_pool_connections": 100, **users, "retries": {"total_max_attempts": 1}}}
 
 
 def _local_matches(name: str) -> list[str]:

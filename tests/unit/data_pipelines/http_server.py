@@ -63,8 +63,9 @@ class ShardServer:
         self.requests: list[Request] = []
         self.sent = 0  # bytes of bodies
         self.upstream = upstream
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
-        self._server.daemon_threads = True
+        self.at_once = self.most_at_once = 0  # requests
+        self._counting = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), _handler_of(self))
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
@@ -80,9 +81,21 @@ class ShardServer:
         self.files[f"/{name}"] = content
         return f"{self.url}/{name}"
 
+    def count(self, change: int) -> None:
+        with self._counting:
+            self.at_once += change
+            self.most_at_once = max(self.most_at_once, self.at_once)
+
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that went away are part of the tests."""
 
 
 def etag(content: bytes) -> str:
@@ -98,7 +111,9 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             headers = dict(self.headers.items())
             shards.requests.append(Request(self.path, headers.get("Range", ""), headers, time.monotonic()))
             fault = shards.faults.popleft() if shards.faults else shards.always
+            shards.count(1)
             time.sleep(shards.delay_s + fault.late_s)
+            shards.count(-1)
             if fault.reset:
                 self.close_connection = True
                 return

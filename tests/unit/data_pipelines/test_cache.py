@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def make_cache(folder: Path, shards: float = 10, patience_s: float = 2) -> ShardCache:
+def make_cache(folder: Path, shards: float = 10, patience_s: float = 8) -> ShardCache:
     return ShardCache(folder, int(shards * SIZE), patience_s)
 
 
@@ -95,7 +95,7 @@ from data_pipelines.cache import ShardCache
 from data_pipelines.errors import DataError
 folder, limit, url, size = sys.argv[1:]
 try:
-    path = ShardCache(Path(folder), int(limit), 2).fetch(url, int(size))
+    path = ShardCache(Path(folder), int(limit), 60).fetch(url, int(size))
     print(path.stat().st_size)
 except DataError as error:
     print(error)
@@ -229,7 +229,7 @@ def fetch(cache, url, size, barrier):
 
 folder, url, size, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 context = get_context("fork")
-arguments = ShardCache(folder, 10 * size, 10), url, size, context.Barrier(count)
+arguments = ShardCache(folder, 10 * size, 60), url, size, context.Barrier(count)
 children = [context.Process(target=fetch, args=arguments) for _ in range(count)]
 for child in children:
     child.start()
@@ -413,6 +413,7 @@ def test_on_a_full_disk_old_shards_make_room_and_what_still_has_none_is_named(se
 
 def test_a_folder_that_cannot_be_used_is_named_with_the_setting(server: ShardServer, folder: Path):
     folder.write_text("a file")
+    make_cache(folder).prefetch([request(server, 0)])  # leaves it to the read
     with pytest.raises(
         DataError, match=r"^The cache of shards .*cache cannot be used \(.*\): see .*data\.cache\.folder"
     ):

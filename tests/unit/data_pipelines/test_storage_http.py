@@ -310,7 +310,7 @@ def test_shards_of_a_web_server_are_named_one_by_one_or_by_braces():
 
 
 def test_many_threads_read_one_source_at_once(server: ShardServer):
-    source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
+    source = open_bytes(server.put("a.tar", CONTENT), patience_s=60, size=len(CONTENT))
     server.faults.extend([Fault(cut_after=40), Fault(status=503), Fault(reset=True)] * 3)
     offsets = range(0, 9000, 90)
     with ThreadPoolExecutor(8) as threads:
@@ -344,7 +344,7 @@ def read(source, offset):
     return source.read(offset, 5)
 
 if __name__ == "__main__":
-    source = open_bytes(sys.argv[1], patience_s=2, size=10_000)
+    source = open_bytes(sys.argv[1], patience_s=60, size=10_000)
     if sys.argv[2] == "fork":
         source.read(0, 5)  # the event loop runs when the child is forked
     context = multiprocessing.get_context(sys.argv[2])

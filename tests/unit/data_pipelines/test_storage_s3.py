@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,7 +67,7 @@ def proxy(client: Any, passes_on: ShardServer) -> ShardServer:
     for name in ("00000.tar", "00001.tar", "00002.tar", "x[1].tar", "notes.txt"):
         put(client, name, CONTENT)
     passes_on.faults.clear()
-    passes_on.always = Fault()
+    passes_on.always, passes_on.delay_s = Fault(), 0.0
     describe(URL)
     passes_on.requests.clear()
     return passes_on
@@ -148,6 +149,14 @@ def test_an_object_that_now_ends_before_the_read_has_changed(client: Any, source
     put(client, "00001.tar", CONTENT[:50])
     with pytest.raises(DataError, match=rf"^Shard {URL} has changed: it ends before byte 100 but had 10,000 bytes"):
         source.read(100, 10)
+
+
+def test_sixteen_threads_read_at_once(proxy: ShardServer):
+    source = open_bytes(URL, patience_s=60, size=len(CONTENT))
+    proxy.delay_s = 0.5
+    with ThreadPoolExecutor(16) as threads:
+        assert set(threads.map(lambda _: source.read(5, 5), range(16))) == {CONTENT[5:10]}
+    assert proxy.most_at_once == 16
 
 
 @pytest.mark.parametrize(
