@@ -100,7 +100,8 @@ def test_samples_without_image_or_caption_are_left_out_and_reported(tmp_path: Pa
 
 def test_shards_with_nothing_usable_are_an_error_that_says_what_is_needed(tmp_path: Path):
     write_shard(tmp_path / "a.tar", [{"__key__": "a", "gif": b"1", "txt": b"x"}])
-    with pytest.raises(DataError, match=r"No usable sample in 1 shards \(1 x no image; the first is a in .*a\.tar\): a sample needs"):
+    words = r"No usable sample in 1 shards \(1 x no image; the first is a in .*a\.tar\): a sample needs an image"
+    with pytest.raises(DataError, match=words):
         build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
 
 
