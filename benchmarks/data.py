@@ -17,7 +17,8 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -176,29 +177,52 @@ def plain(manifest: Path, crop_scale: tuple[float, float]) -> Iterator[object]:
         yield torch.stack(images), captions
 
 
-def floor(files: list[bytes]) -> Iterator[object]:
+def floor(manifest: Path) -> Iterator[object]:
     """Entropy decoding alone, as nearly as simplejpeg can be asked for it: at 1/8 of the size, out of memory."""
-    endless = cycle(files)
+    endless = cycle(jpegs(manifest))
     while True:
         yield [simplejpeg.decode_jpeg(data, min_height=1, min_width=1) for data in islice(endless, BATCH)]
 
 
-def seconds_per_image(contenders: dict[str, Iterator[object]], seconds: float) -> dict[str, float]:
-    """Medians over batches, which are taken in turns until `seconds` are over in sum.
+def jpegs(manifest: Path) -> list[bytes]:
+    """The images of a corpus as they are in its shard."""
+    return [sample["jpg"] for sample in WebDataset(str(manifest.with_name(SHARD)), shardshuffle=False)]
+
+
+def seconds_per_image(contenders: dict[str, Callable[[], Iterator[object]]], seconds: float) -> dict[str, float]:
+    """Medians over batches, which processes of their own make in turns until `seconds` are over in sum.
 
     The seconds are the processor's: nobody waits here, and what others do on the machine counts less.
     """
+    context = multiprocessing.get_context("fork")
+    ends: dict[str, Any] = {}
+    for name, make in contenders.items():
+        ends[name], other = context.Pipe()
+        context.Process(target=_make_batches, args=(make, other), daemon=True).start()
+        ends[name].recv()
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for batches in contenders.values():
-        next(batches)  # opens files
     until = time.perf_counter() + seconds
     while True:
-        for name, batches in contenders.items():
-            start = time.process_time()
-            next(batches)
-            taken[name].append((time.process_time() - start) / BATCH)
+        for name, end in ends.items():
+            end.send(None)
+            taken[name].append(end.recv() / BATCH)
         if time.perf_counter() > until:
-            return {name: statistics.median(times) for name, times in taken.items()}
+            break
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _make_batches(make: Callable[[], Iterator[object]], end: Any) -> None:
+    batches = make()
+    next(batches)  # opens files
+    end.send(None)
+    while True:
+        end.recv()
+        start = time.process_time()
+        next(batches)
+        end.send(time.process_time() - start)
 
 
 def print_rates(corpora: dict[tuple[int, int], Path], seconds: float) -> None:
@@ -206,13 +230,13 @@ def print_rates(corpora: dict[tuple[int, int], Path], seconds: float) -> None:
     print("| JPEG, quality 90 | crop scale | plain, images/s | ours | floor | ours / plain | ours / floor |")
     print("|---|---|---|---|---|---|---|")
     for (height, width), manifest in corpora.items():
-        files = [sample["jpg"] for sample in WebDataset(str(manifest.with_name(SHARD)), shardshuffle=False)]
+        files = jpegs(manifest)
         bits = 8 * sum(map(len, files)) / len(files) / height / width
         for scale in CROP_SCALES:
             contenders = {
-                "plain": plain(manifest, scale),
-                "ours": ours(manifest, crop_scale=scale),
-                "floor": floor(files),
+                "plain": partial(plain, manifest, scale),
+                "ours": partial(ours, manifest, crop_scale=scale),
+                "floor": partial(floor, manifest),
             }
             times = seconds_per_image(contenders, seconds)
             rates = " | ".join(f"{1 / time:,.0f}" for time in times.values())
@@ -232,7 +256,8 @@ def print_augmentation(manifest: Path, seconds: float) -> None:
         "color_jitter 0.4": {"augment": {"color_jitter": 0.4}},
         "gaussian_blur 0.5": {"augment": {"gaussian_blur": 0.5}},
     }
-    times = seconds_per_image({name: ours(manifest, **changes) for name, changes in configs.items()}, seconds)
+    contenders = {name: partial(ours, manifest, **changes) for name, changes in configs.items()}
+    times = seconds_per_image(contenders, seconds)
     print("\n| augmentation | ms a sample | more than none |\n|---|---|---|")
     for name, taken in times.items():
         print(f"| {name} | {1e3 * taken:.2f} | {1e3 * (taken - times['none']):+.2f} |", flush=True)
@@ -273,6 +298,7 @@ def print_resume(folder: Path, num_shards: int, samples: int) -> None:
     tracemalloc.start()
     data = training(folder / "manifest.json")
     held, reading = (size / 2**20 for size in tracemalloc.get_traced_memory())
+    tracemalloc.reset_peak()
     order = data.sources[0].order
     for grain in range(order.lanes):
         order.locate(0, grain)
