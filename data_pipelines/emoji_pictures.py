@@ -52,7 +52,7 @@ SENTENCES = {  # English ones need no article: many names are plurals, verbs or 
     ),
 }
 NAMES_ALONE = {"en": ("the {name} emoji", "a picture of {name}"), "zh": ("{name}表情", "一张{name}的图片")}
-SHORT_SHARE = 0.3  # of the training captions: names alone, the form of the zero-shot prompts
+SHORT_SHARE = 0.1  # of the training captions: names alone, the form of the zero-shot prompts
 _SIZES = (109, 160, 137, 128)  # Noto's bitmaps exist in the first alone, Apple's in the next two; outlines in any
 _INK = (40, 40, 40)  # of a font without colours
 
@@ -72,7 +72,8 @@ class EmojiPictures:
     Args:
         font: A colour font whose glyphs are bitmaps or layers (CBDT, sbix, COLR version 0), or one of outlines.
         languages: Of the captions, in turn: "en", "zh".
-        count: How many emoji, at most. A small model learns 256 in 400 steps of 64 pairs, but not all 1,377.
+        count: How many emoji, at most. After 400 steps of 64 pairs, the tiny model finds 28 % of 256 held-out
+            pictures at the first try, but 3 % of 512 where it has to tell all 1,377 emoji.
     """
 
     font: Path

@@ -238,12 +238,12 @@ def test_training_shows_every_emoji_equally_often_but_never_on_its_held_out_grou
     assert {character for character, _ in pairs[True][: len(SHOWN)]} == set(SHOWN)  # each once before any comes back
 
 
-def test_about_a_third_of_the_training_captions_are_names_alone(pictures: EmojiPictures):
+def test_about_a_tenth_of_the_training_captions_are_names_alone(pictures: EmojiPictures):
     def is_short(index: int, *, heldout: bool) -> bool:
         _, caption, metadata = pictures.sample(index, heldout=heldout, seed=0, size=8)
         return GROUNDS[str(metadata["ground"])][0][str(metadata["language"])] not in caption.replace("red apple", "")
 
-    assert 110 < sum(is_short(index, heldout=False) for index in range(480)) < 180
+    assert 25 < sum(is_short(index, heldout=False) for index in range(480)) < 75
     assert not any(is_short(index, heldout=True) for index in range(100))
 
 
