@@ -72,8 +72,8 @@ class EmojiPictures:
     Args:
         font: A colour font whose glyphs are bitmaps or layers (CBDT, sbix, COLR version 0), or one of outlines.
         languages: Of the captions, in turn: "en", "zh".
-        count: How many emoji, at most. After 400 steps of 64 pairs, the tiny model finds 28 % of 256 held-out
-            pictures at the first try, but 3 % of 512 where it has to tell all 1,377 emoji.
+        count: How many emoji, at most. After 400 steps of 64 pairs, the tiny model finds about a quarter of 256
+            held-out pictures at the first try, but 3 % of 512 where it has to tell all 1,377 emoji.
     """
 
     font: Path
