@@ -8,7 +8,7 @@ RUN := .venv/bin/python -m
 .PHONY: help install demo test lint fuzz soak bench-data format clean
 
 help: ## List what make can do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## Make .venv and install the toolkit in it, with the versions it was tested with
 

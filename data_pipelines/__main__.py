@@ -48,13 +48,14 @@ def _demo(options: argparse.Namespace) -> None:
     elif options.font:
         raise DataError(f"--font {options.font} is for emoji alone: add --kind emoji, or leave it out.")
     vocab_size = options.vocab_size or kind.default_vocab_size
-    demo = Demo(options.train, options.heldout, options.size, vocab_size, options.seed, kind)
+    heldout = options.heldout or kind.default_heldout
+    demo = Demo(options.train, heldout, options.size, vocab_size, options.seed, kind)
     if demo.is_complete(options.out):
         print(f"{options.out} is already complete.")
         return
     with progress_bar(f"drawing {kind.title}", demo.num_shards, "shards") as advance:
         demo.make(options.out, processes=len(os.sched_getaffinity(0)), on_shard=advance)
-    print(f"{options.out}: {options.train:,} training and {options.heldout:,} held-out samples, tokenizer.model")
+    print(f"{options.out}: {options.train:,} training and {heldout:,} held-out samples, tokenizer.model")
 
 
 def _pack(options: argparse.Namespace) -> None:

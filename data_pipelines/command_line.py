@@ -37,10 +37,10 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--kind", choices=("scenes", "emoji"), default="scenes", help="what to draw")
     demo.add_argument("--font", type=Path, help="of emoji; by default one that is installed")
     demo.add_argument("--train", type=int, default=20_000, help="training samples")
-    demo.add_argument("--heldout", type=int, default=512, help="held-out samples")
+    demo.add_argument("--heldout", type=int, help="held-out samples; by default 512, and 256 of emoji")
     demo.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     demo.add_argument(
-        "--vocab-size", type=int, help="pieces of the tokenizer, at most; by default 512, and 2048 of emoji"
+        "--vocab-size", type=int, help="pieces of the tokenizer, at most; by default 512, and 1024 of emoji"
     )
     demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
 

@@ -41,7 +41,7 @@ class AugmentConfig(Section):
     """What is done to a training image after the crop; every draw is keyed by the sample's position."""
 
     rand_augment: tuple[Annotated[int, Field(ge=0, le=10)], Annotated[int, Field(ge=0, le=10)]] | None = None
-    """[operations, magnitude]; ALBEF has [2, 7]. None of its ten operations changes a hue."""
+    """[operations, magnitude]; ALBEF has [2, 7]. Two of its ten operations stretch each colour by itself."""
 
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each scaled by a factor from 1 - this to 1 + this."""

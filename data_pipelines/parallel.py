@@ -9,10 +9,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from data_pipelines.errors import DataError
 
+_LOOK_UP_S = 0.2  # how late Ctrl-C may be noticed
 _WAITING = 4  # jobs handed over for each process, so that none is idle and few have to be pickled
 
 Item = TypeVar("Item")
@@ -40,23 +42,48 @@ def each_done(
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (job,))
     running: dict[Future[Any], int] = {}
     waiting = enumerate(items)
+    with _interrupts_noted() as check_interrupted:
+        try:
+            while True:
+                while len(running) < processes * _WAITING and (entry := next(waiting, None)) is not None:
+                    running[_submit(pool, entry[1])] = entry[0]
+                if not running:
+                    break
+                done = wait(running, timeout=_LOOK_UP_S, return_when=FIRST_COMPLETED).done
+                check_interrupted()
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"One of {processes} processes died, most often because memory ran out: use fewer with --processes."
+            ) from None
+        finally:
+            if running:
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is raised where the function given is called, and nowhere else.
+
+    At another moment it could leave a lock of the pool taken, for which the pool would then wait for ever.
+    """
+    noted: list[int] = []
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
-        while True:
-            while len(running) < processes * _WAITING and (entry := next(waiting, None)) is not None:
-                running[_submit(pool, entry[1])] = entry[0]
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"One of {processes} processes died, most often because memory ran out: use fewer with --processes."
-        ) from None
+        yield check
     finally:
-        if running:
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, before)
 
 
 def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:
