@@ -176,7 +176,8 @@ class ShardCache:
                 whole = True
         finally:
             if whole:
-                part.replace(path)
+                with self._locked():  # or whoever counts what is there could miss both names
+                    part.replace(path)
             else:
                 part.unlink(missing_ok=True)
         return whole

@@ -29,6 +29,7 @@ CHUNK = 8 << 20  # bytes of one request at most
 LISTING_PATIENCE_S = 30.0  # someone sits and waits for the command line
 _STALL_S = 30.0  # a request that brings nothing for so long is given up
 _DELAYS_S = (0.1, 30.0)  # before the second attempt, and at most
+_LEAST_ATTEMPTS = 3  # a machine that was stopped for a while finds its patience used up by the first
 _AGAIN = "restore it, or write the manifest again with `python -m data_pipelines index`"
 
 # Delays have to differ between ranks that met the same error, or all would come back at once. No data depends on them.
@@ -207,7 +208,8 @@ class _Patience:
         """Raises DataError once the patience is used up."""
         self._attempts += 1
         waited_s = time.monotonic() - self._since
-        if waited_s >= self._limit_s:
+        left_s = self._limit_s - waited_s
+        if left_s <= 0 and self._attempts >= _LEAST_ATTEMPTS:
             raise DataError(
                 f"Shard {shown(self._location)} cannot be {action}: {self._attempts} attempts in {waited_s:.0f} s, "
                 f"the last one: {trouble}. See that its server can be reached; data.patience_s is how long a read is "
@@ -215,7 +217,7 @@ class _Patience:
             )
         first_s, most_s = _DELAYS_S
         delay_s = min(first_s * 2.0 ** min(self._attempts - 1, 20), most_s) * _jitter.uniform(0.5, 1)
-        time.sleep(min(max(delay_s, trouble.retry_after_s), self._limit_s - waited_s))
+        time.sleep(min(max(delay_s, trouble.retry_after_s), left_s) if left_s > 0 else delay_s)
 
 
 class _RemoteFile:

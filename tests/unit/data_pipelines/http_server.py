@@ -93,6 +93,7 @@ class ShardServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # clients at once; of the usual five the sixth would wait a second
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that went away are part of the tests."""

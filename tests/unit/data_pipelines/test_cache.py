@@ -341,7 +341,7 @@ def test_the_limit_holds_at_every_moment_whoever_downloads(server: ShardServer, 
             sizes = []
             with caches[0]._locked():  # or shards would come and go while they are counted
                 for path in folder.glob("shard-*"):
-                    with suppress(FileNotFoundError):  # renamed just now
+                    with suppress(FileNotFoundError):  # of one that found no room
                         sizes.append(path.stat().st_size)
             most[0] = max(most[0], sum(sizes))
             time.sleep(0.001)
@@ -349,12 +349,14 @@ def test_the_limit_holds_at_every_moment_whoever_downloads(server: ShardServer, 
     folder.mkdir()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with ThreadPoolExecutor(4) as threads:
-        numbers = [number % 6 for number in range(24)]
-        found = threads.map(lambda n: caches[n % 4].open(*request(server, n)).read(0, SIZE), numbers)
-        assert list(found) == [CONTENTS[number] for number in numbers]
-    done.set()
-    watcher.join()
+    numbers = [number % 6 for number in range(24)]
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda n: caches[n % 4].open(*request(server, n)).read(0, SIZE), numbers))
+    finally:
+        done.set()
+        watcher.join()
+    assert found == [CONTENTS[number] for number in numbers]
     assert SIZE < most[0] <= 2.5 * SIZE
 
 

@@ -1,5 +1,6 @@
 """Shards on a web server: the bytes are right or the run stops with a reason, whatever the server does."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -158,6 +159,25 @@ def test_a_server_that_is_not_there_is_named(server: ShardServer):
     server.stop()
     with pytest.raises(DataError, match=r"a\.tar cannot be opened: \d attempts in .*Connect call failed"):
         describe(url, patience_s=0.3)
+
+
+PAUSED = """
+import sys
+from data_pipelines.storage import open_bytes
+print(len(open_bytes(sys.argv[1], patience_s=1, size=10_000).read(0, 10)))
+"""
+
+
+def test_a_machine_that_was_stopped_for_longer_than_its_patience_tries_again(server: ShardServer):
+    server.faults.append(Fault(late_s=30))
+    command = [sys.executable, "-c", PAUSED, server.put("a.tar", CONTENT)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        while not server.requests:
+            time.sleep(0.01)
+        reader.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        reader.send_signal(signal.SIGCONT)
+        assert reader.communicate(timeout=20) == ("10\n", "")
 
 
 def test_every_new_byte_renews_the_patience(server: ShardServer):
