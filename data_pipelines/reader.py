@@ -100,7 +100,7 @@ class ShardReader:
     def prefetch(self, shards: Iterable[int]) -> None:
         """Starts to bring remote shards into the cache, if there is one."""
         if self._cache:
-            entries = (self._manifest.shards[shard] for shard in shards if shard not in self._open)
+            entries = (self._manifest.shards[shard] for shard in shards)
             remote = [entry for entry in entries if is_remote(entry.location)]
             self._cache.prefetch((entry.location, entry.bytes, entry.version, entry.sha256) for entry in remote)
 
