@@ -173,10 +173,14 @@ class ObjectivesConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the model is spread over devices."""
+    """How the model is spread over devices: data_parallel x tensor_parallel x pipeline_parallel ranks."""
 
+    data_parallel: int | None = Field(default=None, ge=1)
+    """Ranks, or groups of them, that read different samples. null: as many as the started processes make."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks that share each layer's matrices, and read the same samples; neighbours, inside a node."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Stages that the list of layers is cut into, one after the other; micro-steps fill them. Farthest apart."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """What DeepSpeed's ZeRO partitions: nothing, optimizer state, also gradients, also parameters."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -192,6 +196,21 @@ class EngineConfig(Section):
             raise ValueError(
                 "engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0: set one of them, or "
                 "engine.offload=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pipeline_keeps_its_layers(self) -> "EngineConfig":
+        if self.pipeline_parallel > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"engine.zero_stage {self.zero_stage} and engine.pipeline_parallel {self.pipeline_parallel} exclude "
+                f"each other, because a stage keeps its gradients and parameters from micro-step to micro-step: set "
+                f"engine.zero_stage=1, or engine.pipeline_parallel=1"
+            )
+        if self.pipeline_parallel > 1 and self.offload != "none":
+            raise ValueError(
+                f"engine.offload {self.offload} does not go with engine.pipeline_parallel {self.pipeline_parallel}: "
+                f"set engine.offload=none, or engine.pipeline_parallel=1"
             )
         return self
 
@@ -253,6 +272,13 @@ class Config(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model: blocks, three that embed or end a tower, the one that aligns, and the heads."""
+        model, heads = self.model, (self.objectives.matching, self.objectives.masked_lm)
+        fusion = model.fusion.depth if model.fusion else 0
+        return model.image.depth + model.text.depth + fusion + 4 + sum(head is not None for head in heads)
+
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
         if self.model.architecture == "dual_encoder":
@@ -270,6 +296,12 @@ class Config(Section):
                     f"engine.tensor_parallel {tensor_parallel} does not divide model.{name}.heads {tower.heads}: a "
                     f"rank holds whole heads, so set engine.tensor_parallel to a divisor"
                 )
+        layers = self.num_layers
+        if self.engine.pipeline_parallel > layers:
+            raise ValueError(
+                f"engine.pipeline_parallel {self.engine.pipeline_parallel} is more than the {layers} layers of the "
+                f"model: set it to {layers} or less"
+            )
         matching = self.objectives.matching
         if matching is not None and self.data.grain % matching.pool:
             raise ValueError(

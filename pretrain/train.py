@@ -15,7 +15,7 @@ from pretrain.trainer import Trainer
 def main(config_path: Path, overrides: Sequence[str]) -> None:
     """Trains what the config describes, on the processes that torchrun started."""
     config = load_config(config_path, overrides)
-    mesh = start_mesh(config.engine.tensor_parallel)
+    mesh = start_mesh(config.engine)
 
     data, heldout = open_data(config, mesh)
 

@@ -84,7 +84,8 @@ class Trainer:
         self.step = run["step"]
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
-        ranks = run["layout"]["dp"] * run["layout"]["tp"]
+        layout = run["layout"]
+        ranks = layout["dp"] * layout["tp"] * layout["pp"]
         self._say(f"Resumed from {checkpoint}, saved on {ranks} ranks, at step {self.step}.")
 
     def fit(self) -> None:
@@ -178,7 +179,7 @@ class Trainer:
 
     def _temperature(self) -> float:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
-        return math.exp(-self.mesh.dp.sum(here.to(self.mesh.device)).item())
+        return math.exp(-self.mesh.world.sum(here.to(self.mesh.device)).item())
 
     def _watch_health(self, result: StepResult) -> None:
         """Counts steps that were skipped, and ends a run that does nothing else."""
@@ -272,6 +273,7 @@ class Trainer:
             "layout": {
                 "dp": self.mesh.dp.size,
                 "tp": self.mesh.tp.size,
+                "pp": self.mesh.pp.size,
                 "zero_stage": self.config.engine.zero_stage,
             },
             "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -280,7 +282,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         return {
             "ranks": self.mesh.world.size,
-            "data parallel x tensor parallel": f"{self.mesh.dp.size} x {self.mesh.tp.size}",
+            "data x tensor x pipeline parallel": f"{self.mesh.dp.size} x {self.mesh.tp.size} x {self.mesh.pp.size}",
             "micro-batch per rank": self.data.micro_batch_per_rank,
             **{f"samples of {source.name}": source.manifest.samples for source in self.data.sources},
             "device": str(self.mesh.device),

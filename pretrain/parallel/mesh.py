@@ -1,8 +1,9 @@
-"""The processes of a run as a mesh of two axes, and what the ranks along an axis say to each other.
+"""The processes of a run as a mesh of three axes, and what the ranks along an axis say to each other.
 
-Ranks along the tensor-parallel axis (tp) hold parts of each layer's matrices and read the same samples; ranks along
-the data-parallel axis (dp) hold the same parts and read other samples. Neighbouring ranks share a tp axis, which
-exchanges far more than dp, so that it lies inside a node.
+Ranks along the tensor-parallel axis (tp) hold parts of each layer's matrices, ranks along the pipeline-parallel axis
+(pp) other layers; both read the same samples. Ranks along the data-parallel axis (dp) hold the same parts and read
+other samples. The axes lie in the order of what they exchange: neighbouring ranks share a tp axis, which stays inside
+a node, and those farthest apart a pp axis, which crosses nodes first.
 """
 
 import ctypes
@@ -72,6 +73,7 @@ class Mesh:
     world: Axis = ALONE
     dp: Axis = ALONE
     tp: Axis = ALONE
+    pp: Axis = ALONE
 
     @property
     def is_main(self) -> bool:
@@ -79,23 +81,35 @@ class Mesh:
         return self.world.rank == 0
 
 
-def make_mesh(world: Axis, device: torch.device, tp_size: int) -> Mesh:
+def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
     """Cuts the world into axes; all ranks call it together.
 
     Raises:
-        ConfigError: `tp_size` does not divide the processes of the world, or those of a node.
+        ConfigError: the configured degrees do not make up the processes of the world, or a node cuts a tp axis.
     """
+    tp_size, pp_size = engine.tensor_parallel, engine.pipeline_parallel
+    dp_size = engine.data_parallel or max(world.size // (tp_size * pp_size), 1)
+    if dp_size * tp_size * pp_size != world.size:
+        degrees = f"engine.tensor_parallel {tp_size} x engine.pipeline_parallel {pp_size}"
+        product, must = tp_size * pp_size, "divide"
+        if engine.data_parallel:
+            degrees, product, must = f"engine.data_parallel {dp_size} x {degrees}", dp_size * product, "make up"
+        raise ConfigError(
+            f"{degrees} = {product} does not {must} the {world.size} processes of the run: change one of them, or "
+            f"start another number of processes."
+        )
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    for size, what in ((world.size, "processes of the run"), (node_size, "processes of a node")):
-        if size % tp_size:
-            raise ConfigError(
-                f"engine.tensor_parallel {tp_size} does not divide the {size} {what}: set it to a divisor, or start "
-                f"another number of processes."
-            )
-    ranks = torch.arange(world.size).view(-1, tp_size)  # (dp, tp)
-    tp = [_axis(world, row) for row in ranks.tolist()]
-    dp = [_axis(world, column) for column in ranks.T.tolist()]
-    return Mesh(device, world, dp[world.rank % tp_size], tp[world.rank // tp_size])
+    if node_size % tp_size:
+        raise ConfigError(
+            f"engine.tensor_parallel {tp_size} does not divide the {node_size} processes of a node: set it to a "
+            f"divisor, or start another number of processes a node."
+        )
+    ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
+    pp_rank, dp_rank, tp_rank = (ranks == world.rank).nonzero()[0].tolist()
+    tp = [[_axis(world, row) for row in stage] for stage in ranks.tolist()]
+    dp = [[_axis(world, row) for row in stage] for stage in ranks.transpose(1, 2).tolist()]
+    pp = [[_axis(world, row) for row in column] for column in ranks.permute(1, 2, 0).tolist()]
+    return Mesh(device, world, dp[pp_rank][tp_rank], tp[pp_rank][dp_rank], pp[dp_rank][tp_rank])
 
 
 def _axis(world: Axis, ranks: list[int]) -> Axis:
@@ -108,11 +122,11 @@ def _axis(world: Axis, ranks: list[int]) -> Axis:
     return Axis(ranks.index(world.rank) if world.rank in ranks else -1, len(ranks), group)
 
 
-def start_mesh(tp_size: int = 1) -> Mesh:
+def start_mesh(engine: EngineConfig) -> Mesh:
     """Joins the processes that torchrun started; a process started by hand is alone.
 
     Raises:
-        ConfigError: `tp_size` does not fit them.
+        ConfigError: the configured degrees do not fit them.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -132,7 +146,7 @@ def start_mesh(tp_size: int = 1) -> Mesh:
     dist.init_process_group(backend, timeout=TIMEOUT)
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
-    return make_mesh(world, device, tp_size)
+    return make_mesh(world, device, engine)
 
 
 def stop_mesh() -> None:

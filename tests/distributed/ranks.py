@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from pretrain.config import EngineConfig
 from pretrain.parallel.mesh import start_mesh
 
 
@@ -70,7 +71,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         "DS_ACCELERATOR": "cpu",
     }
     torch.set_num_threads(1)
-    mesh = start_mesh()
+    mesh = start_mesh(EngineConfig())
     while True:
         function, arguments = pipe.recv()
         try:

@@ -9,7 +9,6 @@ import torch
 from distributed.test_zero_equals_one_process import assert_same_curve
 from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.errors import ConfigError
-from pretrain.parallel.mesh import Axis, make_mesh
 
 STEPS = 10
 DUAL_ENCODER = {
@@ -69,17 +68,6 @@ def test_each_rank_holds_its_share_of_the_large_matrices(two_ranks):
         assert matrices - cut == whole
         for shape, size in map(parts.get, cut):  # the vocabulary of 61 is cut into 31 and 30
             assert torch.Size(size).numel() == pytest.approx(torch.Size(shape).numel() / 2, abs=32)
-
-
-def test_ranks_that_cannot_be_laid_out_are_refused_with_both_numbers():
-    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel 3 does not divide the 4 processes of the run"):
-        make_mesh(Axis(0, 4, None), torch.device("cpu"), 3)
-
-
-def test_tensor_parallel_stays_inside_a_node(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel 4 does not divide the 2 processes of a node"):
-        make_mesh(Axis(0, 8, None), torch.device("cpu"), 4)
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_both_keys():

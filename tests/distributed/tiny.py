@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import Config, parse_config
+from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.models.architectures import layer_specs
 from pretrain.models.model import build_model
 from pretrain.optim import learning_rate
@@ -92,13 +92,17 @@ def micro_batches(step: int, config: Config, rank: int = 0, size: int = 1) -> li
 
 
 @cache
-def _mesh(world: Axis, device: torch.device, tp_size: int) -> Mesh:
-    return make_mesh(world, device, tp_size)
+def _mesh(world: Axis, device: torch.device, degrees: EngineConfig) -> Mesh:
+    return make_mesh(world, device, degrees)
 
 
 def mesh_of(mesh: Mesh, config: Config) -> Mesh:
     """The ranks as the config lays them out. Groups are made once: the same processes serve many tests."""
-    return _mesh(mesh.world, mesh.device, config.engine.tensor_parallel)
+    engine = config.engine
+    degrees = EngineConfig(
+        zero_stage=0, tensor_parallel=engine.tensor_parallel, pipeline_parallel=engine.pipeline_parallel
+    )
+    return _mesh(mesh.world, mesh.device, degrees)
 
 
 def tiny_engine(mesh: Mesh, config: Config) -> Engine:

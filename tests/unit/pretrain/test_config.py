@@ -70,6 +70,28 @@ def test_a_mistake_is_named_with_its_fix(path, override, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["engine.pipeline_parallel=2"],
+            r"engine.zero_stage 3 and engine.pipeline_parallel 2 exclude .* set engine.zero",
+        ),
+        (
+            ["engine.pipeline_parallel=2", "engine.zero_stage=1", "engine.offload=cpu"],
+            r"engine.offload cpu does not go with engine.pipeline_parallel 2: set engine.offload=none",
+        ),
+        (
+            ["engine.pipeline_parallel=40", "engine.zero_stage=1"],
+            r"engine.pipeline_parallel 40 is more than the \d+ layers of the model: set it to \d+ or less",
+        ),
+    ],
+)
+def test_a_pipeline_that_cannot_work_names_both_keys_and_the_fix(path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
 def test_offload_without_zero_names_both_keys(path):
     with pytest.raises(ConfigError, match=r"engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0"):
         load_config(path, ["engine.offload=cpu", "engine.zero_stage=0"])
