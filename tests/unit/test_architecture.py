@@ -18,7 +18,7 @@ PATHS = {
 
 ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
-    "launch": ("pretrain.config", "data_pipelines.errors"),
+    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors"),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
@@ -34,11 +34,12 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.config", "pretrain.errors"),
     ),
     "pretrain.parallel": (
-        *("pretrain.models", "pretrain.optim", "pretrain.collectives"),
+        *("pretrain.models", "pretrain.optim", "pretrain.accounting", "pretrain.collectives"),
         *("pretrain.config", "pretrain.errors"),
     ),
     "pretrain.models": ("pretrain.objectives", "pretrain.collectives", "pretrain.config"),
     "pretrain.optim": ("pretrain.config",),
+    "pretrain.accounting": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
     "pretrain.config": ("pretrain.errors", "data_pipelines.config"),
@@ -111,6 +112,6 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_a_login_node_reads_a_config_without_loading_torch():
-    light = [name for name in ("pretrain.config", "launch.local") if name in PATHS]
+    light = [name for name in ("pretrain.config", "launch.local", "launch.plan") if name in PATHS]
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'deepspeed', 'numpy', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
