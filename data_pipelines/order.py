@@ -88,14 +88,15 @@ class Order:
         return grain % self.lanes, grain // self.lanes * self.grain
 
     def _window(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        # A reader walks each of its lanes forwards, so one window a lane is all that is ever needed again.
+        # A reader walks each of its lanes forwards, so one window a lane is all that is ever needed again. It is kept
+        # in 32 bits, which places in a corpus of billions do not fit into.
         start = window * self.window
         cached = self._windows.get(lane)
         if cached is None or cached[:2] != (epoch, window):
             size = min(self.window, self.lane_samples - start)
             places = permutation(self.seed, Purpose.WINDOW, window, lane, epoch, size=size).astype(np.int32)
             self._windows[lane] = cached = (epoch, window, places)
-        return start, cached[2]
+        return start, cached[2].astype(np.int64)
 
     def _make_epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = permutation(self.seed, Purpose.SHARDS, epoch, size=len(self._sizes))

@@ -57,6 +57,20 @@ def test_the_replacements_of_a_sample_are_the_rest_of_its_window_from_it_onwards
     assert list(order.replacements(3, grain, at % order.grain)) == window[own + 1 :] + window[:own]
 
 
+def test_a_corpus_of_billions_of_samples_is_located_beyond_what_32_bits_can_count():
+    sizes = [2**31 - 1000, 2**31]  # the first window of the second lane crosses 2^31
+    order = Order(sizes, seed=1, grain=16, lanes=2, window=2048)
+    first, second = order._epoch_plan(0)[0].tolist()
+    assert order.lane_samples < 2**31 < order.lane_samples + order.window
+    for lane in range(order.lanes):
+        lowest = lane * order.lane_samples
+        places = {lowest + place for place in range(order.window)}
+        expected = {(first, p) if p < sizes[first] else (second, p - sizes[first]) for p in places}
+        own = list(zip(*(array.tolist() for array in order.locate(0, lane)), strict=True))
+        assert set(own) | set(order.replacements(0, lane, 0)) == expected
+        assert set(own) < expected
+
+
 def test_epochs_seeds_and_lanes_have_orders_of_their_own():
     base = Order([300], seed=0, grain=4, lanes=3, window=50)
     other = Order([300], seed=1, grain=4, lanes=3, window=50)
