@@ -1,8 +1,10 @@
-"""What objectives and sharded layers need to know of other ranks: sums, gathers and shares, with their gradients.
+"""What objectives and sharded layers need of other ranks: sums, gathers, shares and single rows, with their gradients.
 
 `group` is a process group, or None for a process alone; no other module below `parallel/` names ranks.
 Shapes: B rows on this rank, G = B x ranks rows of the micro-step.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,75 @@ class _GatherWithGradient(Function):
         own = torch.empty_like(grad[: grad.shape[0] // group_size(ctx.group)])
         dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
         return own, None
+
+
+class Route(NamedTuple):
+    """Which rows travel when every rank asks for N rows of any ranks."""
+
+    asked: Tensor  # (S,) int64: own rows that others, or this rank itself, ask for; those for the first rank first
+    num_sent: list[int]  # to each rank, S in all
+    num_received: list[int]  # from each rank, N in all
+    arrival: Tensor  # (N,) int64: which of the received rows is the one asked for
+
+
+def find_route(wanted: Tensor, rows: int, group: Group) -> Route:
+    """Tells every rank what is asked of it.
+
+    Args:
+        wanted: (N,) int64 indices among the gathered rows, N the same on all ranks.
+        rows: rows that a rank holds (B).
+    """
+    rank, size = row_offset(1, group), group_size(group)
+    everyone = gather(wanted, group).view(size, -1)  # (ranks, N)
+    owners = everyone // rows
+    from_here = owners == rank
+    return Route(
+        asked=everyone[from_here] - rank * rows,
+        num_sent=from_here.sum(dim=1).tolist(),
+        num_received=owners[rank].bincount(minlength=size).tolist(),
+        arrival=owners[rank].argsort(stable=True).argsort(),  # rows come in the order of owners
+    )
+
+
+def fetch(rows: Tensor, route: Route, group: Group) -> Tensor:
+    """The rows that `route` was found for, each from the rank that holds it. (B, ...) -> (N, ...).
+
+    The backward pass returns every row's gradients to its owner and adds them up there; as for
+    `gather_with_gradient`, their average over ranks is the gradient of the mean of all ranks' losses.
+    """
+    sent = rows[route.asked]
+    received = sent if group is None else _Exchange.apply(sent, route.num_sent, route.num_received, group)
+    return received[route.arrival]
+
+
+def pass_on(rows: Tensor, group: Group) -> Tensor:
+    """Hands rows to the next rank of the ring; returns those of the previous one. Without gradient."""
+    size = group_size(group)
+    if group is None or size == 1:
+        return rows
+    received, rank = torch.empty_like(rows), dist.get_rank(group)
+    there = dist.P2POp(dist.isend, rows.contiguous(), group=group, group_peer=(rank + 1) % size)
+    here = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size)
+    for work in dist.batch_isend_irecv([there, here]):
+        work.wait()
+    return received
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, rows: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.num_sent, ctx.num_received, ctx.group = num_sent, num_received, group
+        received = rows.new_empty(sum(num_received), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), num_received, num_sent, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        returned = grad.new_empty(sum(ctx.num_sent), *grad.shape[1:])
+        dist.all_to_all_single(returned, grad.contiguous(), ctx.num_sent, ctx.num_received, group=ctx.group)
+        return returned, None, None, None
 
 
 def enter_shards(x: Tensor, group: Group) -> Tensor:

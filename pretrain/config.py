@@ -127,9 +127,13 @@ class ModelConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    """Image-text contrastive objective (ITC): InfoNCE over all samples of a micro-step or of a step, on all ranks."""
+    """Image-text contrastive objective (ITC) over all samples of a micro-step or of a step, on all ranks."""
 
     weight: float = Field(default=1.0, gt=0)
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: which of all captions belongs to an image, and the other way round (InfoNCE, CLIP). sigmoid: does this
+    caption belong to this image, for each pair (SigLIP), in blocks of one rank's images by one rank's captions; its
+    paper starts at `temperature` 0.1."""
     negatives: Literal["micro_batch", "global_batch"] = "micro_batch"
     """micro_batch: samples of one micro-step, on all ranks. global_batch: of the whole optimizer step, exactly, so that
     accumulation no longer changes what is optimised; the towers run once more, without gradient."""
@@ -153,7 +157,8 @@ class MatchingConfig(Section):
 
     weight: float = Field(default=1.0, gt=0)
     pool: int = Field(default=16, ge=2)
-    """Samples, consecutive in the global order, among which a hard negative is looked for."""
+    """Samples, consecutive in the global order, among which a hard negative is looked for. A divisor of `data.grain`,
+    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images a sample."""
 
 
 class MaskedLMConfig(Section):
@@ -288,6 +293,11 @@ class Config(Section):
                         f"objectives.{name} needs fusion layers, and model.architecture dual_encoder has none: "
                         f"set objectives.{name}=null, or model.architecture=cross_attention"
                     )
+        elif self.objectives.matching is None and self.objectives.masked_lm is None:
+            raise ValueError(
+                "objectives.matching and objectives.masked_lm are both null, and model.architecture cross_attention "
+                "has fusion layers that only they train: switch one on, or set model.architecture=dual_encoder"
+            )
         tensor_parallel = self.engine.tensor_parallel
         for name in ("image", "text", "fusion"):
             tower = getattr(self.model, name)
@@ -302,18 +312,27 @@ class Config(Section):
                 f"engine.pipeline_parallel {self.engine.pipeline_parallel} is more than the {layers} layers of the "
                 f"model: set it to {layers} or less"
             )
-        matching = self.objectives.matching
-        if matching is not None and self.data.grain % matching.pool:
-            raise ValueError(
-                f"objectives.matching.pool {matching.pool} does not divide data.grain {self.data.grain}: "
-                f"negatives are mined inside a grain, so set data.grain to a multiple of the pool"
-            )
+        if self.objectives.matching is not None:
+            self._pool_fits(self.objectives.matching.pool)
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below training.steps "
                 f"{self.training.steps}: shorten the warmup"
             )
         return self
+
+    def _pool_fits(self, pool: int) -> None:
+        """Pools lie inside grains, or whole grains make whole pools of a micro-step."""
+        grain, batch, accumulation = self.data.grain, self.training.global_batch, self.training.accumulation
+        micro_step = batch // accumulation
+        sizes = [size for size in range(2, grain + 1) if grain % size == 0]
+        sizes += [size for size in range(2 * grain, micro_step + 1, grain) if batch % (accumulation * size) == 0]
+        if pool not in sizes:
+            raise ValueError(
+                f"objectives.matching.pool {pool} neither divides data.grain {grain} nor is a multiple of it that "
+                f"divides the {micro_step} samples of a micro-step (training.global_batch {batch} / "
+                f"training.accumulation {accumulation}): sizes that fit are {', '.join(map(str, sizes)) or 'none'}"
+            )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -50,7 +50,9 @@ def _cross_attention(config: Config, vocabulary: int, group: Group, vocabulary_g
         AlignAndMine,
         model,
         group,
+        sigmoid=objectives.contrastive.loss == "sigmoid",
         pool=matching.pool if matching else None,
+        pool_group=group if matching and matching.pool > config.data.grain else None,
         masked=masked_lm is not None,
         seed=config.seed,
     )
@@ -66,7 +68,8 @@ def _cross_attention(config: Config, vocabulary: int, group: Group, vocabulary_g
 
 def _dual_encoder(config: Config, vocabulary: int, group: Group) -> list[LayerSpec]:
     """Two towers that meet in the loss alone. Source: CLIP, section 2."""
-    return [*_towers(config.model, vocabulary), LayerSpec("align", partial(Align, config.model, group))]
+    align = partial(Align, config.model, group, sigmoid=config.objectives.contrastive.loss == "sigmoid")
+    return [*_towers(config.model, vocabulary), LayerSpec("align", align)]
 
 
 def _towers(model: ModelConfig, vocabulary: int) -> list[LayerSpec]:

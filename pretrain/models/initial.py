@@ -27,16 +27,20 @@ def initial_value(name: str, shape: torch.Size, config: Config) -> Tensor:
     | parameter                             | value                                                   |
     |---------------------------------------|---------------------------------------------------------|
     | log_scale                             | log(1 / temperature)                                    |
+    | bias of the sigmoid loss              | -10                                                     |
     | norm weights, biases                  | 1, 0                                                    |
     | token embeddings, positions           | normal, std width^-0.5                                  |
     | classifiers                           | normal, std 0.02                                        |
     | projections that leave a residual sum | normal, std fan_in^-0.5, over sqrt(2 x blocks)          |
     | other projections                     | normal, std fan_in^-0.5                                 |
 
-    Source: CLIP's and GPT-2's published initialisation (GPT-2, section 2.3, for the residual projections).
+    Source: CLIP's and GPT-2's published initialisation (GPT-2, section 2.3, for the residual projections); Zhai et al.,
+    Sigmoid loss for language image pre-training (2023), section 3.2, for the bias.
     """
     if name == "align.temperature.log_scale":
         return torch.full(shape, math.log(1 / config.objectives.contrastive.temperature))
+    if name == "align.temperature.bias":
+        return torch.full(shape, -10.0)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith(("classify.weight", "decode.weight")):

@@ -2,8 +2,8 @@
 
 Hard negatives are drawn inside pools of consecutive samples with probability softmax(similarity), by adding
 Gumbel noise and taking the largest. The noise is keyed by the two samples' global positions, so the same pools
-give the same negatives on any number of ranks.
-Shapes: B samples on this rank, a multiple of the pool; D text width.
+give the same negatives on any number of ranks, whether a rank holds whole pools or parts of them.
+Shapes: B samples on this rank, G on all ranks that pools lie on, E embedding width.
 Source: ALBEF, section 3.2 and `Pretrain` code; masked before the softmax, so that a row without any valid
 negative is defined (it contributes nothing) instead of a crash.
 """
@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.collectives import Group, gather, row_offset
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.noise import gumbel
 
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """For each of B samples, which other sample lends its image, and which its caption."""
+    """For each of B samples, which other of G samples lends its image, and which its caption."""
 
-    image_rows: Tensor  # (B,) int64: row whose image stands in for sample i's
-    text_rows: Tensor  # (B,) int64: row whose caption stands in for sample i's
+    image_rows: Tensor  # (B,) int64: which of the G rows has the image that stands in for sample i's
+    text_rows: Tensor  # (B,) int64: which has the caption
     image_valid: Tensor  # (B,) bool: False where the pool has no sample with another image and caption
     text_valid: Tensor  # (B,) bool
 
@@ -37,6 +38,7 @@ def mine_hard_negatives(
     positions: Tensor,
     pool: int,
     seed: int,
+    group: Group = None,
 ) -> HardNegatives:
     """Draws one hard negative image and one hard negative caption for each sample.
 
@@ -44,24 +46,32 @@ def mine_hard_negatives(
         image_BE, text_BE: unit-length embeddings.
         log_scale: (1,) logarithm of the inverse temperature.
         identity: samples that share an image or a caption are never each other's negative.
-        positions: (B,) global sample positions; samples with equal `position // pool` share a pool.
-        pool: samples in a pool.
+        positions: (B,) global sample positions.
+        pool: samples in a pool; the first pool begins at the lowest position.
         seed: the run's seed.
+        group: the ranks that a pool's samples lie on; None if every pool lies on one.
     """
-    similarity = (image_BE.float() @ text_BE.float().T) * log_scale.float().exp()  # (B image, B text)
-    pools = positions // pool
-    allowed = (pools[:, None] == pools[None, :]) & ~identity.same(identity)
-    rows, columns = positions[:, None], positions[None, :]
-    text_rows, text_valid = _draw(similarity + gumbel(seed, rows, columns, rows.new_tensor(0)), allowed)
-    image_rows, image_valid = _draw(similarity.T + gumbel(seed, rows, columns, rows.new_tensor(1)), allowed)
+    B, own = len(positions), positions  # (B,)
+    others, everyone = gather(positions, group), identity.gathered(group)  # (G,)
+    # Not counted from 0: a run that goes on with another batch may begin its micro-steps anywhere.
+    first = others.min()
+    own_pool, pools = (own - first) // pool, (others - first) // pool
+    allowed = (own_pool[:, None] == pools[None, :]) & ~identity.same(everyone)  # (B, G)
+    own_rows = row_offset(B, group) + torch.arange(B, device=own.device)
+    drawn: list[tuple[Tensor, Tensor]] = []
+    for kind, (rows_BE, columns_BE) in enumerate(((image_BE, text_BE), (text_BE, image_BE))):
+        similarity = rows_BE.float() @ gather(columns_BE, group).float().T * log_scale.float().exp()  # (B, G)
+        noise = gumbel(seed, own[:, None], others[None, :], own.new_tensor(kind))
+        drawn.append(_draw(similarity + noise, allowed, own_rows))
+    (text_rows, text_valid), (image_rows, image_valid) = drawn
     return HardNegatives(image_rows, text_rows, image_valid, text_valid)
 
 
-def _draw(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """The best allowed column of each row, and whether there is one (else the row's own index)."""
+def _draw(scores: Tensor, allowed: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The best allowed column of each row, and whether there is one (else the column of the row's own sample)."""
     best = scores.masked_fill(~allowed, float("-inf")).argmax(dim=1)
     valid = allowed.any(dim=1)
-    return torch.where(valid, best, torch.arange(len(best), device=best.device)), valid
+    return torch.where(valid, best, own_rows), valid
 
 
 def matching_loss(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,12 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
         ("model.fusion.heads=5", "model.fusion.heads 5 does not divide the width 128"),
         ("model.fusion=null", "model.architecture cross_attention needs model.fusion: remove `fusion: null`"),
         ("model.architecture=dual_encoder", "set objectives.matching=null, or model.architecture=cross_attention"),
-        ("objectives.matching.pool=5", "objectives.matching.pool 5 does not divide data.grain 16"),
+        (
+            "objectives.matching.pool=24",
+            "objectives.matching.pool 24 neither divides data.grain 16 nor is a multiple of it that divides the 64 "
+            "samples of a micro-step (training.global_batch 64 / training.accumulation 1): sizes that fit are 2, 4, 8, "
+            "16, 32, 64.",
+        ),
         ("objectives.contrastive.temperature=2", "temperature 2.0 is not between min_temperature 0.01 and"),
         ("optimizer.warmup_steps=100", "optimizer.warmup_steps 100 is not below training.steps 100: shorten the"),
         ("seed=9223372036854775808", "seed is 9223372036854775808: input should be less than"),
@@ -101,6 +106,34 @@ def test_fusion_and_dual_encoder_are_refused_together(path):
     overrides = ["model.architecture=dual_encoder", "model.fusion.depth=2"]
     with pytest.raises(ConfigError, match="dual_encoder has no model.fusion: remove model.fusion"):
         load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("grain", "batch", "accumulation", "fit"),
+    [(6, 36, 1, {2, 3, 6, 12, 18, 36}), (6, 36, 3, {2, 3, 6, 12}), (4, 24, 2, {2, 4, 12}), (1, 6, 1, {2, 3, 6})],
+)
+def test_a_pool_is_part_of_a_grain_or_grains_of_a_micro_step(path, grain, batch, accumulation, fit):
+    batches = [f"data.grain={grain}", f"training.global_batch={batch}", f"training.accumulation={accumulation}"]
+    for pool in range(2, batch + 2):
+        overrides = [*batches, f"objectives.matching.pool={pool}"]
+        if pool in fit:
+            load_config(path, overrides)
+        else:
+            with pytest.raises(ConfigError, match=rf"sizes that fit are {', '.join(map(str, sorted(fit)))}\."):
+                load_config(path, overrides)
+
+
+def test_a_micro_step_of_one_sample_has_no_pool(path):
+    overrides = ["data.grain=1", "training.global_batch=8", "training.accumulation=8"]
+    with pytest.raises(ConfigError, match="sizes that fit are none"):
+        load_config(path, overrides)
+
+
+def test_fusion_layers_that_nothing_trains_are_refused(path):
+    overrides = ["objectives.matching=null", "objectives.masked_lm=null"]
+    with pytest.raises(ConfigError, match=r"both null, and model.architecture cross_attention has fusion layers"):
+        load_config(path, overrides)
+    load_config(path, [*overrides, "model.architecture=dual_encoder"])
 
 
 def test_a_missing_key_and_a_missing_file_are_named(path):
