@@ -100,6 +100,15 @@ def test_negatives_are_drawn_with_the_probability_of_the_softmax():
     assert (chi_square < 30).all()  # 10 degrees of freedom: 1 in 1,000 exceeds 29.6
 
 
+def test_pools_begin_where_the_micro_step_does():
+    """A run that went on with another batch: position 21 is the first of 12."""
+    pairs = Identity(torch.arange(B) // 2, torch.arange(B))
+    found = mine_hard_negatives(
+        unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), pairs, 21 + torch.arange(B), pool=2, seed=0
+    )
+    assert not found.image_valid.any()  # each pool is one pair
+
+
 def test_a_row_without_any_valid_negative_is_defined_and_counts_nothing():
     everyone_alike = Identity(torch.zeros(B, dtype=torch.int64), torch.arange(B))
     found = mine_hard_negatives(
