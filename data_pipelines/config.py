@@ -55,8 +55,8 @@ class CacheConfig(Section):
 
     folder: Path
     limit_gib: float = Field(gt=0)
-    """The shards used longest ago are removed to stay below it. Below the shards that the ranks of a node read at the same
-    time, one a lane at most, they are downloaded again and again."""
+    """The shards used longest ago are removed to stay below it. Below the shards that the ranks of a node read at the
+    same time, one a lane at most, they are downloaded again and again."""
 
 
 class DataConfig(Section):

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,41 +67,44 @@ class _Scan:
     def __call__(self, location: str) -> _Scanned:
         size, version = describe(location, patience_s=self.patience_s)
         path = self.folder / index_name(relative(location, self.manifest), size, version)
-        if not self._is_new_enough(path, location):
-            path.unlink(missing_ok=True)
-        rows = _load(path)
-        described = None if self.names is None else features_path(path, self.names)
-        fresh = rows is not None and (described is None or described.is_file())
         checksum = path.with_suffix(".sha256")
-        fresh = fresh and (not self.checksums or checksum.is_file())
-        dropped: list[Dropped] = []
-        source = None
-        try:
-            if not fresh:
-                source = ReadAhead(open_bytes(location, patience_s=self.patience_s), is_remote(location))
-                rows = scan(source)
-                if described is not None:
-                    assert self.names is not None
+        described = self.names and features_path(path, self.names)
+        rows = _load(path) if self._is_current(path, location) else None
+        must_describe = described is not None and not self._is_current(described, location)
+        must_sum = self.checksums and not self._is_current(checksum, location)
+        reused = rows is not None and not must_describe and not must_sum
+        if not reused:
+            with closing(ReadAhead(self._opened(location), is_remote(location))) as source:
+                if rows is None:
+                    rows = scan(source)
+                    save_array(path, rows)
+                if must_describe and self.names and described:
                     save_array(described, features(source, rows, self.names))
-                if self.checksums:
+                if must_sum:
                     digest = sha256_of(source)
                     write_atomically(checksum, lambda tmp: tmp.write_text(digest))
-                save_array(path, rows)
-            assert rows is not None
-            if (faults := np.flatnonzero(rows[:, 2])).size:
-                source = source or open_bytes(location, patience_s=self.patience_s)
-                for start, _, fault in rows[faults].tolist():
-                    key = key_at(source, start) or f"byte {start:,}"
-                    dropped.append(Dropped(location, key, Fault(fault).reason))
-        finally:
-            if source is not None:
-                source.close()
+        assert rows is not None
         digest = checksum.read_text() if self.checksums else ""
-        return _Scanned(Shard(location, len(rows), size, len(rows), version, digest), path, dropped, fresh)
+        dropped = self._dropped(location, rows, _faults(rows, described and np.load(described)))
+        return _Scanned(Shard(location, len(rows), size, len(rows), version, digest), path, dropped, reused)
 
-    def _is_new_enough(self, path: Path, location: str) -> bool:
+    def _opened(self, location: str) -> ByteSource:
+        return open_bytes(location, patience_s=self.patience_s)
+
+    def _dropped(self, location: str, rows: np.ndarray, faults: np.ndarray) -> list[Dropped]:
+        if not faults.any():
+            return []
+        with closing(self._opened(location)) as source:
+            return [
+                Dropped(location, key_at(source, start) or f"byte {start:,}", Fault(fault).reason)
+                for start, fault in zip(rows[:, 0].tolist(), faults.tolist(), strict=True)
+                if fault
+            ]
+
+    def _is_current(self, path: Path, location: str) -> bool:
+        """Whether a file of the index is there, and no older than its shard."""
         try:
-            return is_remote(location) or path.stat().st_mtime_ns >= os.stat(location).st_mtime_ns  # noqa: PTH116
+            return path.stat().st_mtime_ns >= (0 if is_remote(location) else os.stat(location).st_mtime_ns)  # noqa: PTH116
         except OSError:
             return False
 
@@ -209,19 +213,27 @@ def _apply(filters: Filters, names: FeatureFields | None, scanned: list[_Scanned
     for found in scanned:
         rows = _load(found.path)
         assert rows is not None, found.path
-        keep = rows[:, 2] == Fault.NONE
+        table = names and np.load(features_path(found.path, names))
+        keep = _faults(rows, table) == Fault.NONE
         if keys := filters.excluded.get(found.shard.location.rpartition("/")[2]):
             keep &= _not_excluded(found.shard.location, rows, keys, report)
-        if names is not None:
-            described = np.load(features_path(found.path, names))
-            keep[keep] = filters.keep(described[keep], report.filtered)
-            duplicates.add(described[keep])
+        if table is not None:
+            keep[keep] = filters.keep(table[keep], report.filtered)
+            duplicates.add(table[keep])
         kept.append(keep)
     if filters.unique:
         for keep, first in zip(kept, duplicates.keep(report.filtered), strict=True):
             keep[keep] = first
     report.filtered = +report.filtered  # without the reasons that no sample had
     return kept
+
+
+def _faults(rows: np.ndarray, table: np.ndarray | None) -> np.ndarray:
+    """(n,) Fault of each sample: what the scan found and, with the features, captions that cannot be read."""
+    faults = rows[:, 2].copy()
+    if table is not None:
+        faults[(faults == Fault.NONE) & (table["caption_characters"] == 0)] = Fault.BAD_CAPTION
+    return faults
 
 
 def _not_excluded(location: str, rows: np.ndarray, keys: set[str], report: Report) -> np.ndarray:

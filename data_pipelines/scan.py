@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ FEATURES = np.dtype(
     [
         ("width", "<u4"),  # pixels; 0 where the header cannot be read
         ("height", "<u4"),
-        ("caption_characters", "<u4"),  # of the first caption
+        ("caption_characters", "<u4"),  # of the first caption; 0 where it cannot be read
         ("image_hash", "<u8"),
         ("caption_hash", "<u8"),  # after lower-casing and joining white space
         ("uid", "<u8", (2,)),  # DataComp's, from 32 hexadecimal digits
@@ -94,14 +95,12 @@ def key_at(source: ByteSource, start: int) -> str:
 
 
 def features(source: ByteSource, rows: np.ndarray, names: FeatureFields) -> np.ndarray:
-    """(n,) FEATURES of the samples that `scan` found; zeros for those with a fault."""
+    """(n,) FEATURES of the samples that `scan` found; zeros for those with a fault or an unreadable caption."""
     found = np.zeros(len(rows), dtype=FEATURES)
     found["score"] = np.nan
     for number, sample in iter_samples_of(source, rows):
-        try:
+        with suppress(SampleError):
             found[number] = _features(sample, names)
-        except SampleError:
-            rows[number, 2] = Fault.BAD_CAPTION
     return found
 
 

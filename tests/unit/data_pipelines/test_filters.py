@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
 from data_pipelines.sample import hash64
 from data_pipelines.shards import write_shard
+from data_pipelines.sources import name_sources
+from data_pipelines.verify import verify
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -194,6 +197,38 @@ def test_a_shard_that_changed_is_scanned_again_and_only_that(tmp_path: Path):
     manifest, report = index(tmp_path, min_size=40)
     assert report.reused == 2
     assert keys(manifest) == "bcdef"
+
+
+def test_nothing_that_was_read_of_a_shard_outlives_a_change_of_it(tmp_path: Path):
+    score = Filters(min_score=("score", 0.4))
+    for number, samples in enumerate(MIXED):
+        write_shard(tmp_path / f"{number}.tar", samples)
+    shards, path = sorted(tmp_path.glob("*.tar")), tmp_path / "m.json"
+    before, _ = build_manifest(shards, path, filters=score, checksums=True, processes=1)
+    size = shards[1].stat().st_size
+    for file in tmp_path.rglob("*"):
+        os.utime(file, (1, 1))  # clocks of files tick every few milliseconds only
+    write_shard(shards[1], [sample("c", height=20, text="a", score=0.9, uid=UIDS[1]), MIXED[1][1]])
+    assert shards[1].stat().st_size == size
+    build_manifest(shards, path, processes=1)  # scans it again, and neither describes nor sums it
+    after, _ = build_manifest(shards, path, filters=score, checksums=True, processes=1)
+    assert [shard.samples for shard in before.shards] == [1, 0, 1]
+    assert [shard.samples for shard in after.shards] == [1, 1, 1]
+    assert [shard.sha256 for shard in after.shards] == [sha256(shard.read_bytes()).hexdigest() for shard in shards]
+
+
+def test_a_caption_that_is_no_text_is_left_out_whenever_captions_are_read_and_no_index_changes_by_it(tmp_path: Path):
+    shards: list[list[Members]] = [[sample("a"), sample("b") | {"txt": b"\xff\xfe"}, sample("c")]]
+    unique = frozenset({"image"})
+    first, report = index(tmp_path, shards, unique=unique)
+    assert [(drop.key, drop.reason) for drop in report.faults] == [("b", "unreadable caption")]
+    assert keys(first) == "ac"
+    assert keys(index(tmp_path)[0]) == "abc"  # reads headers only, whatever was read before
+    again, report = index(tmp_path, unique=unique)
+    assert [drop.key for drop in report.faults] == ["b"]
+    assert again.hash == first.hash
+    assert report.reused == 1
+    assert verify(name_sources([str(again.path)]), processes=1).problems == []
 
 
 def test_an_interrupted_index_goes_on_where_it_was(tmp_path: Path):
