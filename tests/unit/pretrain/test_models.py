@@ -30,8 +30,13 @@ def record_flows(model):
     return flows
 
 
+SIGMOID = {"objectives__contrastive__loss": "sigmoid"}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, DUAL, {"objectives__matching": None}, {"objectives__masked_lm": None}], ids=str
+    "changes",
+    [{}, DUAL, SIGMOID, {**DUAL, **SIGMOID}, {"objectives__matching": None}, {"objectives__masked_lm": None}],
+    ids=str,
 )
 def test_every_parameter_gets_a_gradient(changes):
     model = build(**changes)
@@ -99,6 +104,11 @@ def test_initial_weights_follow_from_seed_and_name_alone():
     assert not torch.equal(one.image_embed.project.weight, other.image_embed.project.weight)
     assert one.align.temperature.log_scale.shape == (1,)
     assert torch.allclose(one.align.temperature.log_scale.exp(), torch.tensor([1 / 0.07]))
+
+
+def test_only_the_sigmoid_loss_has_a_bias_and_it_starts_far_below_zero():
+    assert build().align.temperature.bias is None
+    assert build(objectives__contrastive__loss="sigmoid").align.temperature.bias.tolist() == [-10.0]
 
 
 def test_negatives_do_not_depend_on_how_the_batch_is_cut():
