@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,26 +77,35 @@ class Filters:
     def _uids(self) -> np.ndarray:
         assert self.uids is not None
         try:
-            uids = np.load(self.uids, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self.uids} cannot be read as a .npy ({type(error).__name__}: {error}).") from None
+            with self.uids.open("rb") as file:  # np.load would take an .npz, too
+                uids = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.uids} cannot be read as a .npy ({type(error).__name__}: {error}): give a list of uids as "
+                f"DataComp has."
+            ) from None
         if uids.dtype != _PAIR:
             raise DataError(f"{self.uids} has the dtype {uids.dtype}, not u8,u8: give a list of uids as DataComp has.")
         return uids
 
-    @cached_property
-    def excluded(self) -> dict[str, set[str]]:
-        """Keys to leave out, by the name of their shard's file.
+    def excluded(self, locations: Sequence[str]) -> list[set[str]]:
+        """Keys to leave out of each shard.
+
+        What is listed of one of `locations` concerns no other. Any other shard is known by the name of its file, since
+        shards are moved.
 
         Raises:
             DataError: The list cannot be read.
         """
         keys: dict[str, set[str]] = defaultdict(set)
         if self.exclude:
+            ours = set(locations)
             try:
-                for line in self.exclude.read_text(encoding="utf-8").splitlines():
-                    row = json.loads(line)
-                    keys[posixpath.basename(row["shard"])].add(row["key"])
+                with self.exclude.open(encoding="utf-8") as lines:
+                    for line in lines:
+                        row = json.loads(line)
+                        shard = row["shard"]
+                        keys[shard if shard in ours else posixpath.basename(shard)].add(row["key"])
             except OSError as error:
                 raise cannot_open(str(self.exclude), error) from None
             except (ValueError, KeyError, TypeError):
@@ -104,7 +113,7 @@ class Filters:
                     f"{self.exclude} has a line that is no object with `shard` and `key`: give a list as training and "
                     f"`verify` write it."
                 ) from None
-        return keys
+        return [keys[location] | keys[posixpath.basename(location)] for location in locations]
 
 
 class Duplicates:

@@ -148,6 +148,7 @@ def build_manifest(
     names = filters.fields if filters.need_features else None
     job = _Scan(index_folder(path), path, names, checksums, patience_s)
     places = [str(place) if is_remote(str(place)) else str(normalised(Path(place))) for place in locations]
+    excluded = filters.excluded(places)
     by_number: dict[int, _Scanned] = {}
     for number, found in each_done(job, places, processes):
         by_number[number] = found
@@ -156,7 +157,7 @@ def build_manifest(
     report = Report(
         faults=[drop for found in scanned for drop in found.dropped], reused=sum(found.reused for found in scanned)
     )
-    kept = _apply(filters, names, scanned, report)
+    kept = _apply(filters, names, scanned, excluded, report)
     shards = tuple(
         Shard(s.location, int(np.count_nonzero(keep)), s.bytes, s.indexed, s.version, s.sha256)
         for s, keep in zip((found.shard for found in scanned), kept, strict=True)
@@ -207,15 +208,21 @@ def sha256_of(source: ByteSource) -> str:
     return digest.hexdigest()
 
 
-def _apply(filters: Filters, names: FeatureFields | None, scanned: list[_Scanned], report: Report) -> list[np.ndarray]:
+def _apply(
+    filters: Filters,
+    names: FeatureFields | None,
+    scanned: list[_Scanned],
+    excluded: list[set[str]],
+    report: Report,
+) -> list[np.ndarray]:
     kept: list[np.ndarray] = []
     duplicates = Duplicates(filters.unique)
-    for found in scanned:
+    for found, keys in zip(scanned, excluded, strict=True):
         rows = _load(found.path)
         assert rows is not None, found.path
         table = names and np.load(features_path(found.path, names))
         keep = _faults(rows, table) == Fault.NONE
-        if keys := filters.excluded.get(found.shard.location.rpartition("/")[2]):
+        if keys:
             keep &= _not_excluded(found.shard.location, rows, keys, report)
         if table is not None:
             keep[keep] = filters.keep(table[keep], report.filtered)

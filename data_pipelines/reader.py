@@ -66,7 +66,10 @@ class ShardReader:
         if len(data) < stop - start:
             raise DataError(f"Shard {location} ends before byte {stop:,} where the index has a sample: {_REINDEX}")
         try:
-            return parse_sample(location, data)
+            sample = parse_sample(location, data)
+            if fault == Fault.REPEATED_KEY:  # which the sample alone does not show
+                raise SampleError(Fault.REPEATED_KEY.reason, sample.key)
+            return sample
         except TarError as error:
             reason = f"{error} of it"
         except SampleError as error:

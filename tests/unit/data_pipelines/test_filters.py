@@ -14,7 +14,7 @@ from corpus import Corpus, Members, caption, jpeg, make_corpus, member
 from pyarrow import parquet
 
 from data_pipelines.__main__ import main
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, SampleError
 from data_pipelines.filters import Filters
 from data_pipelines.index import Report, build_manifest, count_from_stats
 from data_pipelines.manifest import Manifest
@@ -22,7 +22,7 @@ from data_pipelines.reader import ShardReader
 from data_pipelines.sample import hash64
 from data_pipelines.shards import write_shard
 from data_pipelines.sources import name_sources
-from data_pipelines.verify import verify
+from data_pipelines.verify import Problem, verify, write_problems
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -98,11 +98,20 @@ def test_the_uids_of_a_datacomp_list_are_kept_and_no_others(tmp_path: Path):
     ("content", "sentence"),
     [
         (np.zeros(3), r"uids\.npy has the dtype float64, not u8,u8: give a list of uids as DataComp has\.$"),
-        (None, r"uids\.npy cannot be read as a \.npy \(FileNotFoundError: .*\)\.$"),
+        (
+            None,
+            r"uids\.npy cannot be read as a \.npy \(FileNotFoundError: .*\): give a list of uids as DataComp has\.$",
+        ),
+        (b"", r"uids\.npy cannot be read as a \.npy \(ValueError: .*\): give"),
+        (b"PK\3\4, as an .npz begins", r"uids\.npy cannot be read as a \.npy \(ValueError: .*\): give"),
     ],
 )
-def test_what_is_no_list_of_uids_is_refused_in_one_sentence(tmp_path: Path, content: np.ndarray | None, sentence: str):
-    if content is not None:
+def test_what_is_no_list_of_uids_is_refused_in_one_sentence(
+    tmp_path: Path, content: np.ndarray | bytes | None, sentence: str
+):
+    if isinstance(content, bytes):
+        (tmp_path / "uids.npy").write_bytes(content)
+    elif content is not None:
         np.save(tmp_path / "uids.npy", content)
     with pytest.raises(DataError, match=sentence):
         index(tmp_path, MIXED, uids=tmp_path / "uids.npy")
@@ -152,6 +161,17 @@ def test_bad_samples_that_a_run_listed_are_left_out_by_the_name_of_their_shard_a
     manifest, report = index(tmp_path, MIXED, exclude=listing)
     assert keys(manifest) == "acdf"
     assert report.filtered == {"on the list of excluded samples": 2}
+
+
+def test_of_shards_with_one_name_the_one_that_is_listed_loses_a_sample_whatever_its_key_holds(tmp_path: Path):
+    key = "a\u2028b\x85c"  # both end a line for str.splitlines, and json writes them as they are
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "0.tar", [sample(key), sample("d")])
+    shards, listing = sorted(tmp_path.rglob("*.tar")), tmp_path / "problems.jsonl"
+    write_problems(listing, [Problem(str(shards[1]), key, "image cannot be decoded")])
+    manifest, _ = build_manifest(shards, tmp_path / "m.json", filters=Filters(exclude=listing), processes=1)
+    assert [shard.samples for shard in manifest.shards] == [2, 1]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"shard": "a"}', '{"shard": 1, "key": "a"}'])
@@ -235,6 +255,17 @@ def test_an_interrupted_index_goes_on_where_it_was(tmp_path: Path):
     index(tmp_path, MIXED)
     Manifest.load(tmp_path / "m.json").index_path(1).unlink()
     assert index(tmp_path)[1].reused == 2
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_a_key_that_came_before_in_its_shard_is_not_read_whoever_counted(tmp_path: Path, trust: bool):
+    write_shard(tmp_path / "0.tar", [sample("a"), sample("b"), sample("a", text="another")])
+    (tmp_path / "0_stats.json").write_text('{"successes": 3}')
+    made = count_from_stats([tmp_path / "0.tar"], tmp_path / "m.json") if trust else index(tmp_path)[0]
+    outcomes = ShardReader(made).read_all([0] * made.samples, range(made.samples))
+    told = [str(found) if isinstance(found, SampleError) else found.key for found in outcomes]
+    assert told == ["a", "b", *(["its key came before in the shard"] if trust else [])]
+    assert [found.key for found in outcomes[2:]] == ["a"] * trust
 
 
 def test_the_hash_differs_when_other_samples_are_kept(tmp_path: Path):
