@@ -41,24 +41,40 @@ class VisionLanguageModel(nn.Module):
         weights = [getattr(config.objectives, name) for name in OBJECTIVES]
         self.weights = [section.weight if section else 0.0 for section in weights]
 
-    def forward(self, masked_text: Tensor, **batch: Tensor) -> Output:
+    def forward(self, **batch: Tensor) -> Output:
         """One pass for every objective. The arguments are a Batch's tensors, by name."""
-        flow = start_flow(masked_text=masked_text if self.masked else None, pad_id=self.pad_id, **batch)
+        return self.summarise(self.run(self.start(**batch)))
+
+    def start(self, masked_text: Tensor, **batch: Tensor) -> Flow:
+        """The flow before the first layer."""
+        return start_flow(masked_text=masked_text if self.masked else None, pad_id=self.pad_id, **batch)
+
+    def start_clean(self, masked_text: Tensor, **batch: Tensor) -> Flow:
+        """The same without masked captions, of which embeddings know nothing."""
+        return start_flow(masked_text=None, pad_id=self.pad_id, **batch)
+
+    def run(self, flow: Flow) -> Flow:
+        """The flow after the last layer."""
         for layer in self.children():
             if self.recompute and isinstance(layer, Block) and torch.is_grad_enabled():
                 flow = checkpoint(layer, flow, use_reentrant=False, preserve_rng_state=False)  # no layer draws
             else:
                 flow = layer(flow)
-        return self.summarise(flow)
+        return flow
 
-    def embed(self, masked_text: Tensor, **batch: Tensor) -> Embeddings:
+    def embed(self, **batch: Tensor) -> Embeddings:
         """The towers alone, as far as the contrastive objective needs them. The arguments are those of `forward`."""
-        flow = start_flow(masked_text=None, pad_id=self.pad_id, **batch)
+        embeddings = self.run_towers(self.start_clean(**batch))
+        assert isinstance(embeddings, Embeddings), "every architecture aligns"
+        return embeddings
+
+    def run_towers(self, flow: Flow) -> Flow | Embeddings:
+        """What the layer that aligns makes of a clean flow; if it is not here, the flow after the last layer."""
         for layer in self.children():
             if isinstance(layer, Align):
                 return layer.embed(flow)
             flow = layer(flow)
-        raise AssertionError("every architecture aligns")
+        return flow
 
     def summarise(self, flow: Flow) -> Output:
         weights = torch.tensor(self.weights, device=flow.losses.device)

@@ -1,6 +1,7 @@
-"""ZeRO stage 0: every data-parallel rank holds everything, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
+"""ZeRO stage 0: data-parallel ranks hold the same, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Mesh, training_dtype
 from pretrain.parallel.negatives import with_pulls
+from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.tensor import Part, build_part
 
 
@@ -31,6 +33,7 @@ class ReplicatedEngine:
             self.parts |= parts
         model = VisionLanguageModel(layers, config, pad_id)
         self.model = model.to(mesh.device, training_dtype(config.engine, mesh.device))
+        self.pipeline = Pipeline(model, config, mesh) if mesh.pp.size > 1 else None
         # In fp32 the master copy shares the weight's memory: `float` copies nothing then.
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: part.shape for name, part in self.parts.items()}
@@ -38,21 +41,24 @@ class ReplicatedEngine:
         # One buffer behind all gradients: one collective a step instead of one a parameter.
         self.gradients = torch.zeros(sum(p.numel() for p in self.masters.values()), device=mesh.device)
         parts = self.gradients.split([p.numel() for p in self.masters.values()])
-        for master, part in zip(self.masters.values(), parts, strict=True):
+        for master, weight, part in zip(self.masters.values(), model.parameters(), parts, strict=True):
             self.optimizer.prime(master)
             master.grad = part.view_as(master)
+            weight.register_post_accumulate_grad_hook(partial(_hand_over, master.grad))
         self.applied_steps = 0
 
     def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
-        losses, counts = 0, 0
         self.model.train()
-        for batch, pull in with_pulls(self.model.embed, micro_batches, self.global_negatives, self.mesh.dp.group):
-            output = self.model(**batch.tensors(), **pull)
-            (output.loss / len(micro_batches)).backward()
-            losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
-            for master, weight in zip(self.masters.values(), self.model.parameters(), strict=True):
-                _grad(master).add_(_grad(weight))
-                weight.grad = None
+        if self.pipeline:
+            self.pipeline.begin(micro_batches)
+            self.pipeline.run(len(micro_batches))
+            losses, counts = self.pipeline.results(len(micro_batches))
+        else:
+            losses, counts = 0, 0
+            for batch, pull in with_pulls(self.model.embed, micro_batches, self.global_negatives, self.mesh.dp.group):
+                output = self.model(**batch.tensors(), **pull)
+                (output.loss / len(micro_batches)).backward()
+                losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
         dp = self.mesh.dp
         losses, counts = dp.mean(torch.as_tensor(losses)).cpu(), dp.sum(torch.as_tensor(counts)).cpu()
 
@@ -73,7 +79,7 @@ class ReplicatedEngine:
     @torch.no_grad()
     def evaluate(self, batch: Inputs) -> Output:
         self.model.eval()
-        return self.model(**batch.tensors())
+        return self.pipeline.evaluate(batch) if self.pipeline else self.model(**batch.tensors())
 
     def fragments(self) -> Iterator[Fragment]:
         for name, master in self.masters.items():
@@ -94,8 +100,9 @@ class ReplicatedEngine:
         """Of the whole model's gradient: each element once, on whatever rank it lies."""
         squares = {True: self.gradients.new_zeros(()), False: self.gradients.new_zeros(())}
         for name, master in self.masters.items():
-            squares[self.parts[name].is_cut] += _grad(master).square().sum()
-        return (self.mesh.tp.sum(squares[True]) + squares[False]).sqrt()
+            assert master.grad is not None
+            squares[self.parts[name].is_cut] += master.grad.square().sum()
+        return self.mesh.pp.sum(self.mesh.tp.sum(squares[True]) + squares[False]).sqrt()
 
     @torch.no_grad()
     def _copy_masters_to_weights(self) -> None:
@@ -104,6 +111,8 @@ class ReplicatedEngine:
                 weight.copy_(master)
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "every layer runs in every step"
-    return parameter.grad
+def _hand_over(gradient: Tensor, weight: Tensor) -> None:
+    """Adds a weight's gradient to the master's, after each backward pass."""
+    assert weight.grad is not None
+    gradient.add_(weight.grad)
+    weight.grad = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.models.architectures import LayerSpec
 from pretrain.models.model import Output, VisionLanguageModel
-from pretrain.optim import build_optimizer
+from pretrain.optim import BoundedAdamW, build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
 from pretrain.parallel.mesh import Axis, Mesh, training_dtype
 from pretrain.parallel.negatives import with_pulls
@@ -33,6 +33,7 @@ class ZeroEngine:
     ) -> None:
         self.device = mesh.device
         self.mesh = mesh
+        self.config = config
         self.stage = config.engine.zero_stage
         self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
@@ -47,9 +48,9 @@ class ZeroEngine:
             if self.stage == 3:  # without the group, zero.Init would partition over the whole world
                 deepspeed.zero.Init(module=layer, data_parallel_group=topology.dp, config_dict_or_path=settings)
             layers[spec.name] = layer
-        model = VisionLanguageModel(layers, config, pad_id)
+        self.model = VisionLanguageModel(layers, config, pad_id)
         optimizer = build_optimizer(
-            model.named_parameters(),
+            self.model.named_parameters(),
             {name: part.shape for name, part in self.parts.items()},
             config.optimizer,
             config.objectives.contrastive,
@@ -58,18 +59,20 @@ class ZeroEngine:
         # DeepSpeed's declared types are wider than what it returns here.
         self.engine: Any
         self.optimizer: Any
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=topology if mesh.tp.size > 1 else None
-        )
+        self.engine, self.optimizer, *_ = self._initialize(optimizer, settings, topology)
         self._prime_optimizer()
         self.applied_steps = 0
+
+    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology") -> Any:
+        mpu = topology if self.mesh.tp.size > 1 else None
+        return deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
 
     def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         losses, counts = 0, 0
         self.engine.train()
-        embed = self.engine.module.embed  # not through DeepSpeed's forward, which prepares a backward pass
+        embed = self.model.embed  # not through DeepSpeed's forward, which prepares a backward pass
         for batch, pull in with_pulls(embed, micro_batches, self.global_negatives, self.mesh.dp.group):
             output = self.engine(**batch.tensors(), **pull)
             losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
@@ -77,14 +80,17 @@ class ZeroEngine:
             finite = torch.where(output.loss.isfinite(), 1.0, torch.nan)
             self.engine.backward(output.loss * finite)
             self.engine.step()
-        applied = bool(self.engine.was_step_applied())
-        self.applied_steps += applied
         if self.stage == 3:
             # Stage 3 keeps a parameter's last gradient, and applies it again in a step that gives it none.
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        return self._result(torch.as_tensor(losses), torch.as_tensor(counts))
+
+    def _result(self, losses: Tensor, counts: Tensor) -> StepResult:
+        applied = bool(self.engine.was_step_applied())
+        self.applied_steps += applied
         return StepResult(
-            losses=self.mesh.dp.mean(torch.as_tensor(losses)).cpu(),
-            counts=self.mesh.dp.sum(torch.as_tensor(counts)).cpu(),
+            losses=self.mesh.dp.mean(losses).cpu(),
+            counts=self.mesh.dp.sum(counts).cpu(),
             gradient_norm=float(self.engine.get_global_grad_norm()),
             applied=applied,
         )
@@ -96,7 +102,7 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         pieces = self._partition if self.stage == 3 else self._slice
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self.model.named_parameters():
             if (piece := pieces(parameter)) is not None:
                 start, tensors = piece
                 views = {kind: tensor.detach() for kind, tensor in tensors.items()}

@@ -12,9 +12,8 @@ STEPS = 6
 def weight_types(mesh, config):
     engine = tiny_engine(mesh, config)
     curve = engine_curve(mesh, config, STEPS, engine)
-    model = engine.model if hasattr(engine, "model") else engine.engine.module
     kinds = {tensor.dtype for fragment in engine.fragments() for tensor in fragment.tensors.values()}
-    return curve, {p.dtype for p in model.parameters()}, kinds
+    return curve, {p.dtype for p in engine.model.parameters()}, kinds
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -6,26 +6,33 @@ from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, read_run
 
 SAVED_AFTER, STEPS = 4, 8
-LAYOUTS = [  # ranks, ZeRO stage, tensor parallel
-    ("one_rank", 0, 1),
-    ("two_ranks", 1, 1),
-    ("two_ranks", 3, 1),
-    ("four_ranks", 2, 1),
-    ("two_ranks", 0, 2),
-    ("four_ranks", 3, 2),
+LAYOUTS = [  # ranks, ZeRO stage, tensor parallel, pipeline parallel
+    ("one_rank", 0, 1, 1),
+    ("two_ranks", 1, 1, 1),
+    ("two_ranks", 3, 1, 1),
+    ("four_ranks", 2, 1, 1),
+    ("two_ranks", 0, 2, 1),
+    ("four_ranks", 3, 2, 1),
+    ("two_ranks", 0, 1, 2),
+    ("four_ranks", 1, 1, 2),
+    ("four_ranks", 1, 2, 2),
 ]
 
 
-def train_and_save(mesh, stage, tp, folder):
-    config = tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp)
+def layout(stage, tp, pp):
+    return tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp, engine__pipeline_parallel=pp)
+
+
+def train_and_save(mesh, stage, tp, pp, folder):
+    config = layout(stage, tp, pp)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, SAVED_AFTER, engine)
     run = {"applied_steps": engine.applied_steps}
     return CheckpointStore(folder, mesh.world, keep=2).save(SAVED_AFTER, engine.fragments(), run)
 
 
-def load_and_go_on(mesh, stage, tp, folder):
-    config = tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp)
+def load_and_go_on(mesh, stage, tp, pp, folder):
+    config = layout(stage, tp, pp)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, 1, engine, first=15)  # other weights and moments than fresh ones
     store = CheckpointStore(folder, mesh.world, keep=2)
@@ -42,16 +49,12 @@ def uninterrupted():
 
 @pytest.mark.parametrize("saver", LAYOUTS, ids=str)
 def test_every_layout_goes_on_from_it(request, tmp_path, uninterrupted, saver):
-    ranks, stage, tp = saver
-    assert request.getfixturevalue(ranks).run(train_and_save, stage, tp, tmp_path) == [None] * int_of(ranks)
-    for loader, loader_stage, loader_tp in LAYOUTS:
-        for curve in request.getfixturevalue(loader).run(load_and_go_on, loader_stage, loader_tp, tmp_path):
+    ranks, *degrees = saver
+    assert set(request.getfixturevalue(ranks).run(train_and_save, *degrees, tmp_path)) == {None}
+    for loader, *loader_degrees in LAYOUTS:
+        for curve in request.getfixturevalue(loader).run(load_and_go_on, *loader_degrees, tmp_path):
             for (losses, norm), (expected, expected_norm) in zip(curve, uninterrupted, strict=True):
                 assert losses == pytest.approx(expected, abs=2e-5), (
-                    f"loaded on {loader}, ZeRO-{loader_stage}, tensor parallel {loader_tp}"
+                    f"loaded on {loader} with ZeRO, tensor and pipeline parallel {loader_degrees}"
                 )
                 assert norm == pytest.approx(expected_norm, rel=2e-4)
-
-
-def int_of(ranks: str) -> int:
-    return {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}[ranks]

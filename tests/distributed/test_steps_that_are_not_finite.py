@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from distributed.tiny import engine_curve, micro_batches, tiny_config, tiny_engine
+from distributed.tiny import engine_curve, mesh_of, micro_batches, tiny_config, tiny_engine
 
 
-def poisoned_curve(mesh, stage):
+def poisoned_curve(mesh, stage, pp):
     """Five steps, of which the third meets a not-a-number on the last rank; also the weights around it."""
-    config = tiny_config(engine__zero_stage=stage)
+    config = tiny_config(engine__zero_stage=stage, engine__pipeline_parallel=pp)
     engine = tiny_engine(mesh, config)
     before = engine_curve(mesh, config, 2, engine)
     weights = [fragment.tensors["master"].clone() for fragment in engine.fragments()]
-    last = mesh.dp.rank == mesh.dp.size - 1
-    handle = _poison(engine) if last else None
-    skipped = engine.step(micro_batches(2, config, mesh.dp.rank, mesh.dp.size), 1e-3)
+    handle = _poison(engine) if mesh.world.rank == mesh.world.size - 1 else None
+    dp = mesh_of(mesh, config).dp
+    skipped = engine.step(micro_batches(2, config, dp.rank, dp.size), 1e-3)
     if handle:
         handle.remove()
     unchanged = all(
@@ -25,23 +25,22 @@ def poisoned_curve(mesh, stage):
 
 
 def _poison(engine):
-    model = engine.model if hasattr(engine, "model") else engine.engine.module
-    return model.matching_head.register_forward_hook(
+    return engine.model.matching_head.register_forward_hook(
         lambda module, inputs, flow: flow._replace(losses=flow.losses + float("inf"))  # gradients stay finite
     )
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_step_is_skipped_on_all_ranks_and_leaves_no_trace(two_ranks, stage):
-    results = two_ranks.run(poisoned_curve, stage)
-    reference = two_ranks.run(curve_without_third_step, stage)
+@pytest.mark.parametrize(("stage", "pp"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2)])
+def test_the_step_is_skipped_on_all_ranks_and_leaves_no_trace(two_ranks, stage, pp):
+    results = two_ranks.run(poisoned_curve, stage, pp)
+    reference = two_ranks.run(curve_without_third_step, stage, pp)
     for (before, skipped, after), expected in zip(results, reference, strict=True):
         assert skipped == (False, 2, True)
         assert before + after == expected
 
 
-def curve_without_third_step(mesh, stage):
-    config = tiny_config(engine__zero_stage=stage)
+def curve_without_third_step(mesh, stage, pp):
+    config = tiny_config(engine__zero_stage=stage, engine__pipeline_parallel=pp)
     engine = tiny_engine(mesh, config)
     return engine_curve(mesh, config, 2, engine) + engine_curve(mesh, config, 2, engine, first=3)
 
@@ -54,7 +53,7 @@ def move_of_an_unused_layer(mesh, stage):
     start = [view.clone() for view in views]
     engine_curve(mesh, config, 1, engine)
     used = [view.clone() for view in views]
-    engine.engine.module.masked_lm_head.forward = lambda flow: flow
+    engine.model.masked_lm_head.forward = lambda flow: flow
     engine_curve(mesh, config, 1, engine, first=1)
     return [
         sum(float((a - b).abs().sum()) for a, b in zip(*pair, strict=True)) for pair in ((start, used), (used, views))

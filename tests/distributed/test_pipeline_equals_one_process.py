@@ -1,0 +1,115 @@
+"""A pipeline takes the very steps of one process: plain and on DeepSpeed, with tensor and data parallelism, in fp32.
+
+Same global batch, hard negatives in pools, all three objectives, clipping that bites.
+"""
+
+import pytest
+import torch
+
+from distributed.test_global_negatives import GLOBAL
+from distributed.test_tensor_parallel_equals_one_process import DUAL_ENCODER
+from distributed.test_zero_equals_one_process import assert_same_curve
+from distributed.tiny import VOCABULARY, engine_curve, mesh_of, micro_batches, plain_curve, tiny_config, tiny_engine
+from pretrain.accounting import stages
+from pretrain.models.architectures import layer_specs
+
+STEPS = 10
+
+
+def pipeline(stages, zero_stage, **changes):
+    return tiny_config(engine__pipeline_parallel=stages, engine__zero_stage=zero_stage, **changes)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return plain_curve(tiny_config(), STEPS)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_two_stages_equal_one_process(two_ranks, reference, zero_stage):
+    for curve in two_ranks.run(engine_curve, pipeline(2, zero_stage), STEPS):
+        assert_same_curve(curve, reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_stages_times_data_or_tensor_parallel_equal_one_process(four_ranks, reference, zero_stage, tensor_parallel):
+    for curve in four_ranks.run(engine_curve, pipeline(2, zero_stage, engine__tensor_parallel=tensor_parallel), STEPS):
+        assert_same_curve(curve, reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_four_stages_equal_one_process(four_ranks, reference, zero_stage):
+    """With fewer micro-batches than stages, so that the pipeline never fills.
+
+    Only one stage has a temperature: DeepSpeed sums the norm by optimizer group, and would wait for the others' for ever.
+    """
+    for curve in four_ranks.run(engine_curve, pipeline(4, zero_stage), STEPS):
+        assert_same_curve(curve, reference)
+
+
+def test_activation_checkpointing_changes_no_number(two_ranks, reference):
+    config = pipeline(2, 1, engine__activation_checkpointing=True)
+    assert_same_curve(two_ranks.run(engine_curve, config, STEPS)[0], reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_dual_encoder_too(two_ranks, zero_stage):
+    reference = plain_curve(tiny_config(**DUAL_ENCODER), STEPS)
+    for curve in two_ranks.run(engine_curve, pipeline(2, zero_stage, **DUAL_ENCODER), STEPS):
+        assert_same_curve(curve, reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_with_negatives_of_the_global_batch_accumulation_changes_nothing(four_ranks, zero_stage, accumulation):
+    reference = plain_curve(tiny_config(training__accumulation=1), STEPS)
+    config = pipeline(2, zero_stage, training__accumulation=accumulation, **GLOBAL)
+    for curve in four_ranks.run(engine_curve, config, STEPS):
+        assert_same_curve(curve, reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_bf16_follows_fp32(two_ranks, reference, zero_stage):
+    for curve in two_ranks.run(engine_curve, pipeline(2, zero_stage, engine__precision="bf16"), 6):
+        for (losses, _), (expected, _) in zip(curve, reference, strict=False):
+            assert losses == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_pipeline_that_fills_equals_one_process(four_ranks, zero_stage):
+    """Twice as many micro-batches as stages: forward and backward passes take turns."""
+    config = pipeline(4, zero_stage, training__accumulation=8)
+    curve = four_ranks.run(engine_curve, config, 2)[0]
+    assert_same_curve(curve, plain_curve(config, 2))
+
+
+def evaluated(mesh, config):
+    """Losses, counts and embeddings of a held-out batch, on every rank."""
+    engine = tiny_engine(mesh, config)
+    engine_curve(mesh, config, 1, engine)
+    dp = mesh_of(mesh, config).dp
+    output = engine.evaluate(micro_batches(7, config, dp.rank, dp.size)[0])
+    engine_curve(mesh, config, 1, engine, first=1)  # and training goes on
+    return output
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_every_stage_gets_what_an_evaluation_says(one_rank, two_ranks, zero_stage):
+    expected = one_rank.run(evaluated, tiny_config(engine__zero_stage=0))[0]
+    for output in two_ranks.run(evaluated, pipeline(2, zero_stage)):
+        for found, wanted in zip(output, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def stage_names(mesh, config):
+    return {fragment.name.partition(".")[0] for fragment in tiny_engine(mesh, config).fragments()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_each_rank_holds_the_layers_of_its_stage_alone(two_ranks, zero_stage):
+    config = pipeline(2, zero_stage)
+    names = [spec.name for spec in layer_specs(config, VOCABULARY)]
+    cut = [{names[index] for index in part} for part in stages(config, VOCABULARY, 2)]
+    assert two_ranks.run(stage_names, config) == cut
+    assert cut[0] | cut[1] == set(names)
