@@ -1,6 +1,7 @@
-"""`python -m pretrain train|evaluate`: the command line.
+"""`python -m pretrain train|evaluate|doctor`: the command line.
 
-Exit codes: 0 done, 3 no valid checkpoint, 4 configuration, data or disk, 5 too many bad steps, 85 stopped and saved.
+Exit codes: 0 done, 3 no valid checkpoint, 4 configuration, data or disk, 5 too many bad steps, 7 a layout that does not
+equal one process, 85 stopped and saved.
 """
 
 import argparse
@@ -30,6 +31,15 @@ def main() -> None:
     evaluate.add_argument("run", type=Path, help="the run's output folder")
     evaluate.add_argument("--split", default="heldout", help="heldout (data.heldout), or another manifest")
     evaluate.add_argument("--rerank", type=int, default=16, help="candidates that matching ranks again (default 16)")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="compare a config's layout with one process, and measure ranks and links; start it as `train`",
+        description="Trains a small copy of the config on made-up samples, as the config lays it out and in one "
+        "process, compares losses and gradient norms, and measures links and processors. Exits with 7 on a difference.",
+    )
+    doctor.add_argument("config", type=Path, help="a YAML file; its data need not exist")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.tensor_parallel=2")
     arguments = parser.parse_args()
 
     try:
@@ -38,6 +48,10 @@ def main() -> None:
             from pretrain import train as train_module
 
             train_module.main(arguments.config, arguments.overrides)
+        elif arguments.command == "doctor":
+            from pretrain import doctor as doctor_module
+
+            doctor_module.main(arguments.config, arguments.overrides)
         else:
             from pretrain import evaluate as evaluate_module
 

@@ -23,6 +23,12 @@ class StorageError(UserError):
     """Checkpoints can no longer be written (exit code 4)."""
 
 
+class LayoutError(UserError):
+    """A layout does not take the steps that one process takes (exit code 7)."""
+
+    exit_code = 7
+
+
 class StoppedError(UserError):
     """Told to stop, and saved: the same command goes on from there (exit code 85)."""
 

@@ -22,6 +22,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
+    "pretrain.doctor": ENTRY,
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
         *("pretrain.checkpoint", "pretrain.metrics", "pretrain.retrieval", "pretrain.optim", "pretrain.models.flow"),
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),

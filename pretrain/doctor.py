@@ -1,0 +1,355 @@
+"""`python -m pretrain doctor`: does this layout take the steps of one process here, and how fast are the ranks?
+
+Needs no data: a shrunken copy of the config trains for a few steps on made-up samples, once as the config lays it out
+and once in plain PyTorch in one process. Then links and processors are measured.
+"""
+
+import math
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from data_pipelines.batch import IGNORE, Batch
+from pretrain.collectives import Group, pass_on
+from pretrain.config import Config, load_config, parse_config
+from pretrain.errors import LayoutError
+from pretrain.models.architectures import layer_specs
+from pretrain.models.flow import OBJECTIVES
+from pretrain.models.model import build_model
+from pretrain.optim import build_optimizer
+from pretrain.parallel.build import build_engine
+from pretrain.parallel.mesh import ALONE, Axis, Mesh, start_mesh, stop_mesh, training_dtype
+
+STEPS = 4  # the first compares gradients; later ones also what was done with them
+RATE = 1e-3  # without warmup, so that an update shows in the next step's losses
+# Relative differences. In fp32 sums are only taken in another order; in bf16 a number has 8 bits, and a few hard
+# negatives are others.
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.1}
+PAD = 0
+# ZeRO-3 keeps parameters of less than 1e5 elements on every rank: with two heads this wide, or tensor_parallel of them,
+# the perceptrons' matrices are above that, and are partitioned and gathered as in the whole model.
+HEAD_WIDTH = 112
+SIZES_MIB = (1, 8, 64)
+REPETITIONS = 5
+SLOW = 0.8  # of the median
+
+Curve = list[dict[str, float]]  # one a step: the losses by objective, and the gradient norm
+
+
+def main(config_path: Path, overrides: Sequence[str]) -> None:
+    """Examines the configured layout on the processes that torchrun started, or on this one.
+
+    Raises:
+        ConfigError: the config is wrong, or its degrees do not fit the processes.
+        LayoutError: losses or gradient norms differ from those of one process.
+    """
+    config = load_config(config_path, overrides)
+    mesh = start_mesh(config.engine)
+    hosts = mesh.world.gather_objects(socket.gethostname())
+    dtype = training_dtype(config.engine, mesh.device)
+
+    def say(what: str | Table) -> None:
+        if mesh.is_main:  # rich would break lines of text where a log file has none
+            print(what, flush=True) if isinstance(what, str) else Console().print(what)
+
+    say(_describe(config, mesh, hosts))
+    comparisons = compare(config, mesh)
+    say(_comparison_table(comparisons))
+    if mesh.world.size > 1:
+        say(_bandwidth_table(mesh.world.gather_objects(measure_bandwidth(mesh, dtype))))
+    say(describe_speeds(mesh.world.gather_objects(measure_products(mesh.device, dtype)), hosts, dtype))
+    stop_mesh()
+
+    problems = [problem for comparison in comparisons if (problem := comparison.problem(hosts))]
+    if problems:
+        raise LayoutError("\n".join(problems))
+    say("The layout takes the steps of one process.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Curves of all ranks beside that of one process."""
+
+    name: str
+    tolerance: float
+    reference: Curve
+    curves: Sequence[Curve]  # in the order of ranks
+
+    def differences(self) -> Iterator[tuple[float, int, int, str]]:
+        """(relative difference, rank, step, quantity) of everything that was compared; not finite where that is."""
+        for rank, curve in enumerate(self.curves):
+            for step, (values, expected) in enumerate(zip(curve, self.reference, strict=True)):
+                for name, value in values.items():
+                    difference = abs(value - expected[name]) / max(abs(expected[name]), 1e-6)
+                    yield difference if math.isfinite(difference) else math.inf, rank, step, name
+
+    def largest(self) -> dict[str, float]:
+        """The largest difference of each quantity."""
+        return {name: max(d for d, _, _, n in self.differences() if n == name) for name in self.reference[0]}
+
+    def problem(self, hosts: Sequence[str]) -> str | None:
+        """The first difference that is too large, as a sentence."""
+        excess = [found for found in self.differences() if found[0] > self.tolerance]
+        if not excess:
+            return None
+        difference, rank, step, name = min(excess, key=lambda found: (found[2], -found[0]))
+        return (
+            f"{self.name}: {name} of step {step + 1} is {self.curves[rank][step][name]:.6g} on rank {rank} of "
+            f"{hosts[rank]} and {self.reference[step][name]:.6g} in one process; they differ by {difference:.1e}, and "
+            f"{self.tolerance:.0e} is allowed: run the doctor on fewer hosts, then with engine.zero_stage=0, then with "
+            f"tensor_parallel and pipeline_parallel 1, until they agree, to find the part that is wrong."
+        )
+
+
+def compare(config: Config, mesh: Mesh) -> list[Comparison]:
+    """Trains the shrunken copy on the layout and in one process. All ranks call it together, and all get the same.
+
+    The layout runs in fp32 whatever the config says, and in bf16 too if the config trains in it.
+    """
+    copy = shrink(config, mesh.dp.size)
+    everyone = mesh.world.gather_objects
+    alone = everyone(curve_alone(copy, mesh.device))
+    comparisons = []
+    if mesh.world.size > 1:  # a rank that errs by itself
+        comparisons.append(Comparison("rank alone", TOLERANCES["fp32"], alone[0], alone))
+    in_bf16 = training_dtype(config.engine, mesh.device) == torch.bfloat16
+    for precision in ("fp32", "bf16") if in_bf16 else ("fp32",):
+        curves = everyone(curve_of_layout(_with(copy, "engine", precision=precision), mesh))
+        comparisons.append(Comparison(precision, TOLERANCES[precision], alone[0], curves))
+    return comparisons
+
+
+def shrink(config: Config, dp_size: int) -> Config:
+    """The config with a small model and small batches: every kind of layer, and as many as there are stages.
+
+    The engine, the objectives and the optimizer stay as they are, and a pool of hard negatives has as many grains as
+    before: it lies on one rank, or on several.
+    """
+    tree, model, engine = config.model_dump(mode="json"), config.model, config.engine
+    heads = max(2, engine.tensor_parallel)
+    for name in ("image", "text", "fusion"):
+        if (tower := getattr(model, name)) is not None:
+            tree["model"][name] |= {"depth": min(tower.depth, max(2, engine.pipeline_parallel)), "heads": heads}
+    tree["model"]["image"] |= {"size": 16, "patch": 8, "width": heads * HEAD_WIDTH}
+    tree["model"]["text"] |= {"length": min(model.text.length, 12), "width": heads * HEAD_WIDTH}
+    tree["model"]["embed"] = min(model.embed, 32)
+
+    matching, grain = config.objectives.matching, min(config.data.grain, 4)
+    grains_in_pool = 1
+    if matching:
+        grain = min(matching.pool, grain)
+        grains_in_pool = max(1, matching.pool // config.data.grain)
+        tree["objectives"]["matching"]["pool"] = grain * grains_in_pool
+    tree["data"]["grain"] = grain
+    accumulation = min(config.training.accumulation, 2 * engine.pipeline_parallel)
+    tree["training"] |= {
+        "accumulation": accumulation,
+        "global_batch": accumulation * grain * 2 * math.lcm(dp_size, grains_in_pool),
+    }
+    return parse_config(tree, source="the doctor's copy")
+
+
+def make_batches(step: int, config: Config, dp: Axis) -> list[Batch]:
+    """Made-up samples of one step as a rank of the axis reads them: one batch a micro-step, every so many-th grain."""
+    accumulation, grain = config.training.accumulation, config.data.grain
+    grains = config.training.global_batch // grain
+    rows = torch.arange(step * grains, (step + 1) * grains).view(accumulation, -1)
+    return [_make_batch(row[dp.rank :: dp.size].tolist(), config) for row in rows]
+
+
+def curve_alone(config: Config, device: torch.device) -> Curve:
+    """The steps in plain PyTorch: one process, one model, fp32, no engine."""
+    if config.objectives.contrastive.negatives == "global_batch":
+        config = _with(config, "training", accumulation=1)  # which is what it means
+    model = build_model(layer_specs(config, _vocabulary(config)), config, PAD, device)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model.named_parameters(), shapes, config.optimizer, config.objectives.contrastive)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    curve = []
+    for step in range(STEPS):
+        batches = make_batches(step, config, ALONE)
+        losses = torch.zeros(len(OBJECTIVES), device=device)
+        for batch in batches:
+            output = model(**batch.to(device).tensors())
+            (output.loss / len(batches)).backward()
+            losses += output.losses / len(batches)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(_point(losses, float(norm), config))
+    return curve
+
+
+def curve_of_layout(config: Config, mesh: Mesh) -> Curve:
+    """The steps on the configured engine. All ranks call it together."""
+    engine = build_engine(
+        config,
+        mesh,
+        vocabulary=_vocabulary(config),
+        pad_id=PAD,
+        micro_batch_per_rank=config.training.global_batch // config.training.accumulation // mesh.dp.size,
+    )
+    curve = []
+    for step in range(STEPS):
+        result = engine.step([batch.to(mesh.device) for batch in make_batches(step, config, mesh.dp)], RATE)
+        curve.append(_point(result.losses, result.gradient_norm, config))
+    return curve
+
+
+def measure_bandwidth(mesh: Mesh, dtype: torch.dtype) -> dict[str, list[float]]:
+    """This rank's GB/s (bytes of the result over the median time) of each operation on each axis, by SIZES_MIB.
+
+    All ranks call it together, so that the groups of an axis share links as in training.
+    """
+    axes = {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp}
+    if mesh.world.size not in (axis.size for axis in axes.values()):
+        axes["world"] = mesh.world
+    rates: dict[str, list[float]] = {}
+    for name, axis in axes.items():
+        for size in SIZES_MIB if axis.size > 1 else ():
+            part = torch.zeros((size << 20) // dtype.itemsize // axis.size, dtype=dtype, device=mesh.device)
+            whole = part.repeat(axis.size)
+            for what, operate in _operations(part, whole, axis.group).items():
+                seconds = [_seconds(operate, mesh.device, axis) for _ in range(1 + REPETITIONS)]  # the first warms up
+                rate = whole.nbytes / statistics.median(seconds[1:]) / 1e9
+                rates.setdefault(f"{name}, {axis.size} ranks: {what}", []).append(rate)
+    return rates
+
+
+def measure_products(device: torch.device, dtype: torch.dtype) -> float:
+    """This rank's FLOP/s in products of square matrices, the median of half a second of them."""
+    side = 8192 if device.type == "cuda" else 512
+    factors = torch.randn(2, side, side, device=device).to(dtype)
+    seconds: list[float] = []
+    while sum(seconds) < 0.5 or len(seconds) < REPETITIONS:
+        seconds.append(_seconds(lambda: factors[0] @ factors[1], device))
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def describe_speeds(speeds: Sequence[float], hosts: Sequence[str], dtype: torch.dtype) -> str:
+    """Says how fast the ranks multiply, and names those that are slow: every step waits for the slowest."""
+    middle = statistics.median(speeds)
+    unit, scale = ("TFLOP/s", 1e12) if middle >= 1e12 else ("GFLOP/s", 1e9)
+    kind = str(dtype).removeprefix("torch.")
+    lines = [
+        f"Matrix products in {kind}, {unit} a rank: median {middle / scale:.3g}, slowest {min(speeds) / scale:.3g}, "
+        f"fastest {max(speeds) / scale:.3g}."
+    ]
+    for rank, speed in enumerate(speeds):
+        if speed < SLOW * middle:
+            lines.append(
+                f"Slow: rank {rank} on {hosts[rank]} makes {speed / scale:.3g} {unit}, {speed / middle:.0%} of the "
+                f"median {middle / scale:.3g}."
+            )
+    return "\n".join(lines)
+
+
+def _with(config: Config, section: str, **changes: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def _vocabulary(config: Config) -> int:
+    """Not a multiple of tensor_parallel: the last rank's share is smaller, as with most tokenizers."""
+    return 64 * config.engine.tensor_parallel - 3
+
+
+def _make_batch(grains: Sequence[int], config: Config) -> Batch:
+    """Samples that are a function of their grain's number; some share an image, and some slots are not used."""
+    parts: list[dict[str, Tensor]] = []
+    size, length, rows = config.model.image.size, config.model.text.length, config.data.grain
+    for grain in grains:
+        generator = torch.Generator().manual_seed(grain)
+        positions = grain * rows + torch.arange(rows)
+        text = torch.randint(5, _vocabulary(config), (rows, length), generator=generator)
+        used = torch.randint(3, length + 1, (rows, 1), generator=generator)
+        text[torch.arange(length) >= used] = PAD
+        slots = torch.tensor([1, 2]).repeat(rows, 1)
+        masked, targets = text.scatter(1, slots, 4), text.gather(1, slots)
+        targets[positions % 3 == 0, 1] = IGNORE
+        parts.append(
+            {
+                "images": torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator),
+                "text": text,
+                "masked_text": masked,
+                "masked_positions": slots,
+                "masked_targets": targets,
+                "positions": positions,
+                "image_ids": torch.where(positions % 8 < 2, positions // 8, -1 - positions),
+                "caption_ids": positions,
+            }
+        )
+    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Batch(**whole)
+
+
+def _point(losses: Tensor, norm: float, config: Config) -> dict[str, float]:
+    by_objective = zip(OBJECTIVES, losses.tolist(), strict=True)
+    return {name: loss for name, loss in by_objective if getattr(config.objectives, name)} | {"gradient norm": norm}
+
+
+def _operations(part: Tensor, whole: Tensor, group: Group) -> dict[str, Callable[[], object]]:
+    return {
+        "all-reduce": lambda: dist.all_reduce(whole, group=group),
+        "all-gather": lambda: dist.all_gather_into_tensor(whole, part, group=group),
+        "to the next rank": lambda: pass_on(whole, group),
+    }
+
+
+def _seconds(operate: Callable[[], object], device: torch.device, axis: Axis = ALONE) -> float:
+    axis.sum(torch.zeros(1, device=device))  # nobody is ahead
+    _wait(device)
+    start = time.perf_counter()
+    operate()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _describe(config: Config, mesh: Mesh, hosts: Sequence[str]) -> str:
+    copy = shrink(config, mesh.dp.size)
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
+    return (
+        f"Ranks: {mesh.world.size}, hosts: {len(set(hosts))}, device: {device}, data x tensor x pipeline parallel: "
+        f"{mesh.dp.size} x {mesh.tp.size} x {mesh.pp.size}, ZeRO stage: {config.engine.zero_stage}.\n"
+        f"A copy of {copy.num_layers} layers of width {copy.model.text.width} takes {STEPS} steps of "
+        f"{copy.training.global_batch} made-up samples in {copy.training.accumulation} micro-steps."
+    )
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    table = Table(title="Relative difference from one process, the largest of all ranks and steps", box=box.SIMPLE_HEAD)
+    quantities = list(comparisons[0].reference[0])
+    for heading in ("", *quantities, "allowed"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for comparison in comparisons:
+        largest = comparison.largest()
+        figures = (f"{largest[name]:.1e}" for name in quantities)
+        table.add_row(comparison.name, *figures, f"{comparison.tolerance:.0e}")
+    return table
+
+
+def _bandwidth_table(rates: Sequence[dict[str, list[float]]]) -> Table:
+    table = Table(title="GB/s of the slowest rank", box=box.SIMPLE_HEAD)
+    for heading in ("", *(f"{size} MiB" for size in SIZES_MIB), "slowest"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in rates[0]:
+        figures = [min(rank[name][size] for rank in rates) for size in range(len(SIZES_MIB))]
+        slowest = min(range(len(rates)), key=lambda rank: rates[rank][name][-1])
+        table.add_row(name, *(f"{figure:.3g}" for figure in figures), f"rank {slowest}")
+    return table

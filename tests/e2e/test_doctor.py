@@ -1,0 +1,89 @@
+"""`python -m pretrain doctor` as a user runs it: on ranks that a launcher started, and alone; right, and broken."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import run
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"  # its data are not there, and not needed
+
+BROKEN = """
+import os
+import sys
+
+import torch.distributed as dist
+
+from pretrain.__main__ import main
+
+right = dist.{collective}
+
+
+def wrong(output, *arguments, **options):
+    work = right(output, *arguments, **options)
+    if output.is_floating_point() and os.environ["RANK"] == "1":
+        if work is not None:
+            work.wait()
+        output *= 1.001
+    return work
+
+
+dist.{collective} = wrong
+main()
+"""
+
+
+def doctor(*arguments, script=("-m", "pretrain")):
+    launcher = ("--nnodes", 1, "--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    command = (*launcher, "--local-addr", "127.0.0.1", "--max-restarts", 0, *script, "doctor", CONFIG, *arguments)
+    return run("launch.torchrun", *command)
+
+
+def assert_it_says_what_it_measured(out, axis):
+    number = r"\d[\d.e+-]*"
+    assert re.search(rf"fp32( +{number}){{4}} +1e-04", out)
+    for what in ("all-reduce", "all-gather", "to the next rank"):
+        assert re.search(rf"{axis}, 2 ranks: {what}( +{number}){{3}} +rank [01]", out)
+    assert re.search(rf"Matrix products in float32, [TG]FLOP/s a rank: median {number}, slowest {number}", out)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_zero_layout_takes_the_steps_of_one_process(stage):
+    result = doctor(f"engine.zero_stage={stage}", "training.accumulation=2")
+    assert result.code == 0, result.err
+    assert_it_says_what_it_measured(result.out, "dp")
+    assert "The layout takes the steps of one process." in result.out
+    assert result.err == ""
+
+
+def test_a_tensor_parallel_layout_too_and_in_bf16():
+    result = doctor("engine.tensor_parallel=2", "engine.zero_stage=0", "engine.precision=bf16")
+    assert result.code == 0, result.err
+    assert re.search(r"bf16( +\d\S+){4} +1e-01", result.out)
+    assert "tp, 2 ranks: all-reduce" in result.out
+    assert "Matrix products in bfloat16" in result.out
+
+
+def test_one_process_needs_no_launcher():
+    result = run("pretrain", "doctor", CONFIG)
+    assert result.code == 0, result.err
+    assert "The layout takes the steps of one process." in result.out
+
+
+def test_a_collective_that_errs_on_one_rank_is_found_and_all_leave_with_the_code_of_it(tmp_path):
+    """One part in a thousand: training would go on, and a loss curve would not show it."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(collective="reduce_scatter_tensor"))
+    result = doctor("engine.zero_stage=3", script=(script,))
+    assert result.code == 7, result.err
+    assert re.search(r"fp32: .* of step \d is \S+ on rank \d of \S+ and \S+ in one process", result.err)
+    assert "Traceback" not in result.err
+    assert "The layout takes the steps" not in result.out
+
+
+def test_degrees_that_do_not_fit_the_processes_are_one_sentence():
+    result = run("pretrain", "doctor", CONFIG, "engine.tensor_parallel=2")
+    assert result.code == 4
+    assert "engine.tensor_parallel 2" in result.err
+    assert "Traceback" not in result.err

@@ -1,0 +1,121 @@
+"""What the doctor makes of a config, of curves and of speeds; tests/e2e/test_doctor.py runs it."""
+
+import math
+
+import pytest
+import torch
+
+from data_pipelines.batch import Batch
+from distributed.tiny import tiny_config
+from pretrain.doctor import PAD, Comparison, describe_speeds, make_batches, shrink
+from pretrain.models.architectures import layer_specs
+from pretrain.parallel.mesh import ALONE, Axis
+
+BIG = {
+    "model__image": {"size": 224, "patch": 16, "width": 1024, "depth": 24, "heads": 16},
+    "model__text": {"length": 40, "width": 1024, "depth": 12, "heads": 16},
+    "model__fusion": {"depth": 12, "heads": 16},
+    "data__grain": 16,
+    "objectives__matching__pool": 8,
+    "training__global_batch": 2048,
+    "training__accumulation": 8,
+}
+DUAL_ENCODER = {
+    "model__architecture": "dual_encoder",
+    "model__fusion": None,
+    "objectives__matching": None,
+    "objectives__masked_lm": None,
+}
+
+
+def kinds(config):
+    """The layers of a config by name, their numbers left out."""
+    return {spec.name.rstrip("0123456789") for spec in layer_specs(config, 61)}
+
+
+@pytest.mark.parametrize("changes", [BIG, BIG | DUAL_ENCODER, BIG | {"objectives__contrastive__loss": "sigmoid"}])
+def test_the_copy_is_small_and_has_every_kind_of_layer(changes):
+    config = tiny_config(**changes)
+    copy = shrink(config, dp_size=4)
+    assert kinds(copy) == kinds(config)
+    assert copy.engine == config.engine
+    assert copy.optimizer == config.optimizer
+    assert copy.objectives.contrastive == config.objectives.contrastive
+    assert copy.training.global_batch <= 64
+    assert copy.num_layers < config.num_layers / 2
+    assert sum(p.numel() for spec in layer_specs(copy, 61) for p in spec.build().parameters()) < 10e6
+
+
+@pytest.mark.parametrize("stages", [2, 8, 48])
+def test_the_copy_has_a_layer_for_each_stage(stages):
+    config = tiny_config(**BIG, engine__pipeline_parallel=stages, engine__zero_stage=1)
+    assert stages <= shrink(config, dp_size=1).num_layers <= config.num_layers
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
+def test_zero_3_partitions_the_copys_large_matrices(tensor_parallel):
+    copy = shrink(tiny_config(**BIG, engine__tensor_parallel=tensor_parallel), dp_size=2)
+    for width in (copy.model.image.width, copy.model.text.width):
+        assert 4 * width**2 / tensor_parallel > 1e5  # DeepSpeed's stage3_param_persistence_threshold
+
+
+@pytest.mark.parametrize(("grain", "pool", "grains"), [(16, 8, 1), (16, 16, 1), (16, 64, 4), (2, 2, 1), (8, 256, 32)])
+def test_a_pool_of_several_grains_has_as_many_in_the_copy(grain, pool, grains):
+    copy = shrink(tiny_config(**BIG | {"data__grain": grain, "objectives__matching__pool": pool}), dp_size=4)
+    assert copy.objectives.matching is not None
+    assert copy.objectives.matching.pool == copy.data.grain * grains
+    assert copy.training.global_batch // copy.training.accumulation // copy.data.grain % 4 == 0
+
+
+def test_ranks_read_together_what_one_process_reads():
+    copy = shrink(tiny_config(**BIG), dp_size=2)
+    (first, second), (alone, again) = make_batches(1, copy, ALONE), make_batches(1, copy, ALONE)
+    parts = [make_batches(1, copy, Axis(rank, 2, None))[0] for rank in (0, 1)]
+    assert torch.equal(first.images, alone.images)
+    assert torch.equal(second.images, again.images)
+    rows = {int(p): row for part in parts for p, row in zip(part.positions, part.images, strict=True)}
+    assert sorted(rows) == alone.positions.tolist()
+    assert all(torch.equal(rows[int(p)], row) for p, row in zip(alone.positions, alone.images, strict=True))
+
+
+def test_samples_are_no_special_case():
+    copy = shrink(tiny_config(**BIG), dp_size=4)
+    batches: list[Batch] = [batch for step in range(2) for batch in make_batches(step, copy, ALONE)]
+    text = torch.cat([batch.text for batch in batches])
+    assert (text == PAD).any()
+    assert (text[:, :3] != PAD).all()
+    targets = torch.cat([batch.masked_targets for batch in batches])
+    assert 0 < (targets == -100).sum() < len(targets)
+    ids = torch.cat([batch.image_ids for batch in batches])
+    assert len(set(ids.tolist())) < len(ids)
+    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(len(ids)))
+
+
+def comparison(*norms):
+    curves = [[{"matching": 0.7, "gradient norm": 2.0}, {"matching": 0.6, "gradient norm": norm}] for norm in norms]
+    return Comparison("fp32", 1e-4, curves[0], curves)
+
+
+def test_equal_curves_are_no_problem():
+    assert comparison(3.0, 3.0001, 2.9999).problem(["a", "a", "b"]) is None
+
+
+@pytest.mark.parametrize("norm", [3.1, math.nan, math.inf])
+def test_a_rank_that_differs_is_named_with_both_figures_and_what_to_do(norm):
+    problem = comparison(3.0, 3.0, norm).problem(["a", "a", "b"])
+    assert problem is not None
+    assert problem.startswith(f"fp32: gradient norm of step 2 is {norm:.6g} on rank 2 of b and 3 in one process")
+    assert "1e-04 is allowed" in problem
+    assert "engine.zero_stage=0" in problem
+
+
+def test_a_slow_rank_is_named_with_its_host_and_both_figures():
+    text = describe_speeds([4e12, 4.1e12, 3.0e12, 3.9e12], ["a", "a", "b", "b"], torch.bfloat16)
+    assert "Matrix products in bfloat16, TFLOP/s a rank: median 3.95, slowest 3, fastest 4.1." in text
+    assert "Slow: rank 2 on b makes 3 TFLOP/s, 76% of the median 3.95." in text
+    assert text.count("Slow") == 1
+
+
+def test_ranks_that_are_about_equally_fast_are_not_called_slow():
+    text = describe_speeds([40e9, 42e9, 33e9], ["a"] * 3, torch.float32)
+    assert text == "Matrix products in float32, GFLOP/s a rank: median 40, slowest 33, fastest 42."
