@@ -12,6 +12,12 @@ from functools import cached_property
 from pretrain.config import Config
 
 CONTRASTIVE, MATCHING, MASKED_LM = "contrastive", "matching", "masked_lm"
+MAX_LOGITS = 1 << 26  # of the contrastive loss at a time; equal to the one in pretrain.objectives.contrastive
+REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's `reduce_bucket_size`, taken whether the model is as large or not
+PREFETCH = 50_000_000  # elements; its `stage3_prefetch_bucket_size`
+REUSE = 1_000_000_000  # elements; its `stage3_max_reuse_distance`: what is used again sooner stays gathered
+PERSISTENT = 100_000  # elements; its `stage3_param_persistence_threshold`: smaller weights are not partitioned
+SUB_GROUP = 1_000_000_000  # elements; its `sub_group_size`: what stage 3 updates at a time
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,32 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Elements a sample that a layer's forward pass leaves for its backward pass, and what that needs besides.
+
+    `whole` is on every tensor-parallel rank, `shared` is divided over them, `shared_fp32` takes four bytes in bf16 too.
+    """
+
+    input: float = 0  # all that stays if the layer is computed again
+    whole: float = 0
+    shared: float = 0
+    shared_fp32: float = 0
+    work_whole: float = 0  # gradients that exist at the same time, at the fullest moment of the backward pass
+    work_shared: float = 0
+    work_shared_fp32: float = 0
+
+    def kept(self, value_bytes: int, tensor_parallel: int) -> float:
+        """Bytes a sample, the input included."""
+        shared = value_bytes * self.shared + 4 * self.shared_fp32
+        return value_bytes * (self.input + self.whole) + shared / tensor_parallel
+
+    def work(self, value_bytes: int, tensor_parallel: int) -> float:
+        """Bytes a sample."""
+        shared = value_bytes * self.work_shared + 4 * self.work_shared_fp32
+        return value_bytes * self.work_whole + shared / tensor_parallel
+
+
+@dataclass(frozen=True)
 class LayerCost:
     """One layer of the list that `pretrain.models.architectures.layer_specs` returns."""
 
@@ -37,6 +69,13 @@ class LayerCost:
     weights: tuple[Weight, ...]
     flops: Mapping[tuple[str, ...], float]
     """Forward FLOPs a sample, by the objectives that need them."""
+    footprint: Footprint = Footprint()
+    shards_entered: float = 0
+    """Elements a sample that tensor-parallel ranks sum in the backward pass, ..."""
+    shards_left: float = 0
+    """... and in the forward pass (and again where it is computed again)."""
+    recomputable: bool = False
+    """A block: what `engine.activation_checkpointing` computes again."""
 
     @cached_property
     def parameters(self) -> int:
@@ -47,7 +86,7 @@ class LayerCost:
         """FLOPs a sample in the forward pass of a training step, all of the layer's rows together.
 
         Left out: normalisation, activations and softmax, whose additions a matrix unit does not run, and the
-        similarities among which hard negatives are mined, 2 E for each other sample of the rank.
+        similarities among which hard negatives are mined, 4 E for each other sample of the rank.
         """
         return sum(self.flops.values())
 
@@ -67,6 +106,7 @@ def layers(config: Config, vocabulary: int) -> list[LayerCost]:
     on = [MATCHING] * (objectives.matching is not None) + [MASKED_LM] * (objectives.masked_lm is not None)
     everyone = (CONTRASTIVE, *on)
     clean = tuple(name for name in everyone if name != MASKED_LM)
+    sigmoid = objectives.contrastive.loss == "sigmoid"
     # Rows of L tokens a sample, by the objectives that need them.
     text_rows = {clean: 1} | ({(MASKED_LM,): 1} if MASKED_LM in on else {})
     fusion_rows = {(name,): {MATCHING: 3, MASKED_LM: 1}[name] for name in on}
@@ -80,34 +120,39 @@ def layers(config: Config, vocabulary: int) -> list[LayerCost]:
                 *_linear("image_embed.project", patch_values, model.image.width),
             ),
             {everyone: 2.0 * P * patch_values * model.image.width},
+            Footprint(input=P * patch_values),
         )
     ]
     image_flops = {everyone: _self_attention_flops(P, model.image.width) + _perceptron_flops(P, model.image.width)}
     for number in range(model.image.depth):
         name = f"image_block_{number}"
-        found.append(LayerCost(name, _block(name, model.image.width), image_flops))
-    found.append(LayerCost("image_norm", _norm("image_norm.norm", model.image.width), {}))
+        found.append(_block(name, image_flops, P, model.image.width))
+    image_values = P * model.image.width
+    norm_kept = Footprint(input=image_values, whole=image_values if on else 0)  # what fusion blocks look at
+    found.append(LayerCost("image_norm", _norm("image_norm.norm", model.image.width), {}, norm_kept))
 
     found.append(
         LayerCost(
             "text_embed",
             (Weight("text_embed.position", (L, D)), Weight("text_embed.token.weight", (vocabulary, D), cut=0)),
             {},
+            shards_left=sum(text_rows.values()) * L * D,
         )
     )
     row_flops = _self_attention_flops(L, D) + _perceptron_flops(L, D)
     text_flops = {needed: rows * row_flops for needed, rows in text_rows.items()}
     for number in range(model.text.depth):
         name = f"text_block_{number}"
-        found.append(LayerCost(name, _block(name, D), text_flops))
+        found.append(_block(name, text_flops, sum(text_rows.values()) * L, D))
 
     align = (
         Weight("align.image_project.weight", (E, model.image.width)),
         *_norm("align.text_norm", D),
         Weight("align.text_project.weight", (E, D)),
         Weight("align.temperature.log_scale", (1,)),
+        *([Weight("align.temperature.bias", (1,))] if sigmoid else []),
     )
-    logits = 2 * 2.0 * E * contrasted(config)  # both directions
+    logits = (1 if sigmoid else 2) * 2.0 * E * contrasted(config)  # the softmax goes both directions
     found.append(
         LayerCost("align", align, _summed((clean, 2.0 * E * (model.image.width + D)), ((CONTRASTIVE,), logits)))
     )
@@ -115,11 +160,14 @@ def layers(config: Config, vocabulary: int) -> list[LayerCost]:
     if model.fusion is not None:
         cross_row = 2 * 2.0 * L * D**2 + 4.0 * L * P * D  # query and output; scores and mixing
         by_rows = [(needed, rows * (row_flops + cross_row)) for needed, rows in fusion_rows.items()]
-        keys_and_values = 2.0 * P * model.image.width * 2 * D  # once an image, whatever the number of rows
+        images = images_held(config)  # keys and values once an image, whatever the number of rows
+        keys_and_values = images * 2.0 * P * model.image.width * 2 * D
         fusion_flops = _summed(*by_rows, (tuple(on), keys_and_values))
         for number in range(model.fusion.depth):
             name = f"fusion_block_{number}"
-            found.append(LayerCost(name, _block(name, D, memory_width=model.image.width), fusion_flops))
+            tokens = sum(fusion_rows.values()) * L
+            memory_tokens = sum(fusion_rows.values()) * P
+            found.append(_block(name, fusion_flops, tokens, D, (memory_tokens, images * P, model.image.width)))
     if MATCHING in on:
         weights = (*_norm("matching_head.norm", D), *_linear("matching_head.classify", D, 2))
         found.append(LayerCost("matching_head", weights, {(MATCHING,): 3 * 2.0 * D * 2}))
@@ -131,7 +179,18 @@ def layers(config: Config, vocabulary: int) -> list[LayerCost]:
             *_norm(f"{name}.transform_norm", D),
             *_linear(f"{name}.decode", D, vocabulary, "column"),
         )
-        found.append(LayerCost(name, weights, {(MASKED_LM,): 2.0 * masked_slots(config) * D * (D + vocabulary)}))
+        slots = masked_slots(config)
+        flops = {(MASKED_LM,): 2.0 * slots * D * (D + vocabulary)}
+        logits = slots * vocabulary  # their exponentials stay; on the way back a gradient of these and one of each
+        found.append(
+            LayerCost(
+                name,
+                weights,
+                flops,
+                Footprint(whole=6 * slots * D, shared_fp32=logits, work_shared_fp32=2 * logits),
+                shards_entered=slots * D,
+            )
+        )
     return found
 
 
@@ -192,6 +251,12 @@ def _summed(*costs: tuple[tuple[str, ...], float]) -> dict[tuple[str, ...], floa
     return totals
 
 
+def images_held(config: Config) -> int:
+    """Images a sample that fusion layers look at: its own, and a negative that came from another rank."""
+    matching = config.objectives.matching
+    return 2 if matching is not None and matching.pool > config.data.grain else 1
+
+
 def _self_attention_flops(tokens: int, width: int) -> float:
     return 8.0 * tokens * width**2 + 4.0 * tokens**2 * width  # query, key, value and output; scores and mixing
 
@@ -200,16 +265,32 @@ def _perceptron_flops(tokens: int, width: int) -> float:
     return 16.0 * tokens * width**2
 
 
-def _block(name: str, width: int, memory_width: int | None = None) -> tuple[Weight, ...]:
+def _block(
+    name: str,
+    flops: Mapping[tuple[str, ...], float],
+    tokens: int,
+    width: int,
+    memory: tuple[int, int, int] | None = None,
+) -> LayerCost:
+    """A transformer block over so many tokens a sample.
+
+    `memory`, for one that attends to images: tokens of the images of all rows, tokens of an image, their width.
+    """
+    values = tokens * width
     cross = ()
-    if memory_width is not None:
+    whole, shared = 3 * values, 12 * values  # two norms and a sum; query, key, value, mixed, and 4 D twice
+    entered, left = 2 * values, 2 * values
+    if memory is not None:
+        memory_tokens, image_tokens, memory_width = memory
         cross = (
             *_norm(f"{name}.cross_norm", width),
             *_linear(f"{name}.cross.query", width, width, "column"),
             *_linear(f"{name}.cross.key_value", memory_width, 2 * width, "column"),
             *_linear(f"{name}.cross.out", width, width, "row"),
         )
-    return (
+        whole, shared = whole + 2 * values, shared + 2 * values + 2 * memory_tokens * width
+        entered, left = entered + values + image_tokens * memory_width, left + values
+    weights = (
         *_norm(f"{name}.attention_norm", width),
         *_linear(f"{name}.attention.qkv", width, 3 * width, "column"),
         *_linear(f"{name}.attention.out", width, width, "row"),
@@ -218,6 +299,8 @@ def _block(name: str, width: int, memory_width: int | None = None) -> tuple[Weig
         *_linear(f"{name}.mlp.up", width, 4 * width, "column"),
         *_linear(f"{name}.mlp.down", 4 * width, width, "row"),
     )
+    footprint = Footprint(values, whole, shared, work_whole=values, work_shared=4 * values)
+    return LayerCost(name, weights, flops, footprint, entered, left, recomputable=True)
 
 
 def _norm(name: str, width: int) -> tuple[Weight, ...]:
@@ -229,3 +312,145 @@ def _linear(name: str, fan_in: int, fan_out: int, cut: str | None = None) -> tup
     weight_cut = {"column": 0, "row": 1, None: None}[cut]
     bias_cut = 0 if cut == "column" else None
     return Weight(f"{name}.weight", (fan_out, fan_in), weight_cut), Weight(f"{name}.bias", (fan_out,), bias_cut)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a step and the layers of the model lie on the ranks."""
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    micro_batch: int
+    """Samples of a micro-step on a rank."""
+    micro_steps: int
+
+
+def layout_of(config: Config, world: int) -> Layout:
+    """The layout of the config on `world` ranks, which its degrees divide."""
+    engine, training = config.engine, config.training
+    data_parallel = engine.data_parallel or world // (engine.tensor_parallel * engine.pipeline_parallel)
+    micro_batch = training.global_batch // (data_parallel * training.accumulation)
+    return Layout(data_parallel, engine.tensor_parallel, engine.pipeline_parallel, micro_batch, training.accumulation)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank at its fullest moment, by item, and which moment that is."""
+
+    moment: str
+    items: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.items.values())
+
+
+def memory(config: Config, costs: Sequence[LayerCost], layout: Layout, stage: int = 0, *, gpu: bool = True) -> Memory:
+    """What a rank of a pipeline stage (the only one, without a pipeline) holds in tensors at its fullest moment.
+
+    Args:
+        config: the whole config.
+        costs: the stage's own layers.
+        layout: how samples and layers lie on the ranks.
+        stage: place in the pipeline; earlier ones keep the activations of more micro-steps.
+        gpu: bf16 if the config leaves it open, buffers twice for overlap, and updates of many tensors at once.
+    """
+    moments = _moments(config, costs, layout, stage, gpu)
+    return max((Memory(name, items) for name, items in moments.items()), key=lambda memory: memory.total)
+
+
+def value_bytes(config: Config, gpu: bool) -> int:
+    """Bytes of a weight or an activation in the forward and backward pass."""
+    return 2 if config.engine.precision == "bf16" or (config.engine.precision == "auto" and gpu) else 4
+
+
+def _moments(
+    config: Config, costs: Sequence[LayerCost], layout: Layout, stage: int, gpu: bool
+) -> Mapping[str, Mapping[str, float]]:
+    engine, B, tp, dp = config.engine, layout.micro_batch, layout.tensor_parallel, layout.data_parallel
+    width = value_bytes(config, gpu)
+    sizes = [weight.elements(tp) for cost in costs for weight in cost.weights]
+    n = sum(sizes)
+    share = n / dp
+    on_device = 0 if engine.offload == "cpu" else 1
+    # AdamW's own working space: the root of the second moment, and without fused loops its quotient too.
+    update = 4 if gpu else 8
+
+    recompute = engine.activation_checkpointing
+    in_flight = min(layout.pipeline_parallel - stage, layout.micro_steps)
+    kept = [B * cost.footprint.kept(width, tp) for cost in costs]
+    stay = [
+        B * width * cost.footprint.input if recompute and cost.recomputable else full
+        for cost, full in zip(costs, kept, strict=True)
+    ]
+    pixels = 3 * config.model.image.size**2 * B * layout.micro_steps  # uint8, of all micro-steps
+    activations, before = 0.0, sum(stay)
+    for cost, full, less in zip(reversed(costs), reversed(kept), reversed(stay), strict=True):
+        before -= less
+        one_gradient = width * max(weight.elements(tp) for weight in cost.weights)
+        alive = before + full + B * cost.footprint.work(width, tp) + _contrastive(config, layout, cost.name)
+        activations = max(activations, alive + one_gradient)
+    activations += (in_flight - 1) * sum(stay) + pixels
+
+    stage_1_in_bf16 = engine.zero_stage == 1 and width == 2 and on_device
+    bucket = width * REDUCE_BUCKET
+    reduced = width * min(n, REDUCE_BUCKET)  # a copy of what is in the bucket
+    match engine.zero_stage:
+        case 0:
+            held = {"weights": width * n, "gradients": 4 * n, "optimizer": (8 if width == 4 else 12) * n}
+            return {
+                "backward pass": held | {"activations": activations},
+                "update": held | {"activations": pixels, "working space": update * (n if gpu else max(sizes))},
+            }
+        case 1 if stage_1_in_bf16:  # gradients in bf16 stay, those in fp32 are whole on every rank
+            held = {"weights": 2 * n, "gradients": 2 * n + 4 * n, "optimizer": 12 * share}
+            return {
+                "backward pass": held | {"activations": activations},
+                "reduction": held | {"activations": pixels, "buffers": 2 * n + (4 * n if n < REDUCE_BUCKET else 0)},
+                "update": held | {"activations": pixels, "working space": update * share},
+            }
+        case 1:
+            held = {"weights": width * n, "optimizer": 12 * share * on_device}
+            return {
+                "backward pass": held | {"gradients": width * n, "activations": activations, "buffers": bucket},
+                "reduction": held
+                | {"gradients": width * (n + share), "activations": pixels, "buffers": bucket + reduced},
+                "update": held | {"gradients": (4 + width) * share, "working space": update * share * on_device},
+            }
+        case 2:
+            held = {"weights": width * n, "gradients": 4 * share, "optimizer": 12 * share * on_device}
+            buffers = bucket * (2 if gpu else 1)
+            return {
+                "backward pass": held | {"activations": activations, "buffers": buffers},
+                "reduction": held | {"activations": pixels, "buffers": buffers + reduced},
+                "update": held | {"activations": pixels, "working space": (4 + update) * share * on_device},
+            }
+        case 3:
+            small = sum(size for size in sizes if size < PERSISTENT)
+            largest = max(sum(weight.elements(tp) for weight in cost.weights) for cost in costs)
+            gathered = width * min(n - small, REUSE / 2 + PREFETCH + largest)
+            held = {
+                "weights": width * (share + small),
+                "gradients": 4 * share * on_device,
+                "optimizer": 12 * share * on_device,
+                "buffers": bucket,
+            }
+            part = min(share, SUB_GROUP) * on_device
+            return {
+                "backward pass": held | {"activations": activations, "gathered weights": gathered},
+                "reduction": held | {"activations": pixels, "gathered weights": gathered, "buffers": bucket + reduced},
+                "update": held | {"activations": pixels, "working space": (4 + update) * part},
+            }
+    raise AssertionError("config allows no other stage")
+
+
+def _contrastive(config: Config, layout: Layout, layer: str) -> float:
+    """Bytes of the contrastive loss on a rank: gathered embeddings, and the logits that exist at a time."""
+    if layer != "align":
+        return 0
+    G = contrasted(config)
+    rows = layout.micro_batch * (layout.micro_steps if config.training.global_batch == G else 1)
+    logits = min(rows * G, MAX_LOGITS)
+    directions = 1 if rows * G > MAX_LOGITS else 2
+    return 2 * 4 * G * config.model.embed + logits * (9 * directions + 8)
