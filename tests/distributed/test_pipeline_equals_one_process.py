@@ -42,7 +42,7 @@ def test_two_stages_times_data_or_tensor_parallel_equal_one_process(four_ranks, 
 def test_four_stages_equal_one_process(four_ranks, reference, zero_stage):
     """With fewer micro-batches than stages, so that the pipeline never fills.
 
-    Only one stage has a temperature: DeepSpeed sums the norm by optimizer group, and would wait for the others' for ever.
+    Only one stage has a temperature: DeepSpeed sums the norm group by group, and would wait for the others' for ever.
     """
     for curve in four_ranks.run(engine_curve, pipeline(4, zero_stage), STEPS):
         assert_same_curve(curve, reference)

@@ -92,17 +92,13 @@ def micro_batches(step: int, config: Config, rank: int = 0, size: int = 1) -> li
 
 
 @cache
-def _mesh(world: Axis, device: torch.device, degrees: EngineConfig) -> Mesh:
-    return make_mesh(world, device, degrees)
+def _mesh(world: Axis, device: torch.device, tp: int, pp: int) -> Mesh:
+    return make_mesh(world, device, EngineConfig(zero_stage=0, tensor_parallel=tp, pipeline_parallel=pp))
 
 
 def mesh_of(mesh: Mesh, config: Config) -> Mesh:
     """The ranks as the config lays them out. Groups are made once: the same processes serve many tests."""
-    engine = config.engine
-    degrees = EngineConfig(
-        zero_stage=0, tensor_parallel=engine.tensor_parallel, pipeline_parallel=engine.pipeline_parallel
-    )
-    return _mesh(mesh.world, mesh.device, degrees)
+    return _mesh(mesh.world, mesh.device, config.engine.tensor_parallel, config.engine.pipeline_parallel)
 
 
 def tiny_engine(mesh: Mesh, config: Config) -> Engine:
