@@ -56,9 +56,18 @@ def test_the_same_ranks_repeat_every_digit(never_killed, killed, tmp_path):
     assert [digits(step) for step in again] == [digits(step) for step in never_killed]
 
 
-@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(1, 1), (4, 1), (4, 2)])
-def test_other_ranks_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks, tensor_parallel):
-    again = restarted(killed, ranks, tmp_path, f"engine.tensor_parallel={tensor_parallel}")
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, []),
+        (4, []),
+        (4, ["engine.tensor_parallel=2"]),
+        (2, ["engine.pipeline_parallel=2", "engine.zero_stage=1"]),
+        (4, ["engine.pipeline_parallel=2", "engine.zero_stage=0", "engine.data_parallel=2"]),
+    ],
+)
+def test_other_layouts_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks, layout):
+    again = restarted(killed, ranks, tmp_path, *layout)
     assert [step["batch_id"] for step in again] == [step["batch_id"] for step in never_killed]
     for step, expected in zip(again, never_killed, strict=True):
         for name in ("loss", "loss/contrastive", "loss/matching", "loss/masked_lm", "gradient_norm"):
