@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Start a run.")
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Start a run, or plan one.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     local = commands.add_parser(
@@ -20,6 +20,26 @@ def main(argv: Sequence[str]) -> int:
     local.add_argument("--nproc", type=positive, metavar="N", help="number of processes")
     local.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
+    plan = commands.add_parser(
+        "plan",
+        help="predict memory, communication and time of a run, and the best layouts",
+        description="Predict what a run needs on a cluster and how long it takes, without torch or a GPU. "
+        "Exits with 0 if the run is possible and fits, else with 4.",
+    )
+    plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="the run's YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    plan.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines")
+    plan.add_argument("--gpus-per-node", type=positive, default=8, metavar="M", help="GPUs of a machine")
+    plan.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="GPU",
+        help="h100, h200, a100, or NAME:TFLOPS:GIB:NVLINK_GB_S:NETWORK_GB_S",
+    )
+    plan.add_argument("--vocabulary", type=positive, metavar="N", help="tokens, if there is no tokenizer yet")
+    plan.add_argument("--compare", type=Path, metavar="RUN", help="output folder of a run to compare with")
+    plan.add_argument("--json", action="store_true", help="for a program instead of a person")
+
     # argparse gives up on positional arguments that follow an option: `local CONFIG --nproc 4 key=value`.
     arguments, late = parser.parse_known_args(argv)
     unknown = [word for word in late if word.startswith("-")]
@@ -29,9 +49,20 @@ def main(argv: Sequence[str]) -> int:
 
     # Imported this late so that --help need not wait for the config's own imports.
     from data_pipelines.errors import UserError
+    from launch.hardware import find_gpu
     from launch.local import run_local
+    from launch.plan import Cluster, run_plan
 
     try:
+        if arguments.command == "plan":
+            return run_plan(
+                arguments.config,
+                overrides,
+                Cluster(arguments.nodes, arguments.gpus_per_node, find_gpu(arguments.gpu)),
+                vocabulary=arguments.vocabulary,
+                run=arguments.compare,
+                as_json=arguments.json,
+            )
         run_local(arguments.config, overrides, arguments.nproc, arguments.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)

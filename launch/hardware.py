@@ -1,0 +1,64 @@
+"""What a plan takes for granted of GPUs and of the links between them. Every figure names its source."""
+
+from dataclasses import dataclass
+
+from data_pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU with its links. Bandwidths are in one direction."""
+
+    name: str
+    tflops: float
+    """Dense bf16 matrix products, 10^12 FLOP/s."""
+    memory_gib: float
+    nvlink_gb_s: float
+    """To the other GPUs of a node, 10^9 bytes/s."""
+    network_gb_s: float
+    """Each GPU's share of the node's network adapters."""
+
+
+# Source: NVIDIA's data sheets of the SXM modules, without sparsity; the network is that of DGX and HGX systems, one
+# 400 Gb/s adapter a GPU (A100: 200 Gb/s). Memory is what the driver leaves of 80 and 141 GB.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", 989, 79, 450, 50),
+        Gpu("h200", 989, 139, 450, 50),
+        Gpu("a100", 312, 79, 300, 25),
+    )
+}
+
+# Share of the peak that matrix products of these sizes reach, with what lies between them. Narayanan et al., Efficient
+# large-scale language model training on GPU clusters (2021), table 1: 44-52 % from 1.7 B to 1 T parameters.
+COMPUTE_EFFICIENCY = 0.5
+# Share of a link's bandwidth that large collectives reach: NCCL's own tests show 360 of 450 GB/s on H100 nodes.
+LINK_EFFICIENCY = 0.8
+# A message's start, for each doubling of the ranks: tens of microseconds for a collective over thousands.
+LATENCY_S = 10e-6
+# Share of the computing time behind which an overlapped transfer can hide: it takes some of the GPU's own cores.
+OVERLAP = 0.8
+# The CUDA context, NCCL's buffers, cuBLAS' workspaces and what the allocator loses to fragments.
+RESERVED_GIB = 6
+
+
+def find_gpu(text: str) -> Gpu:
+    """A GPU of the table by its name, or any as NAME:TFLOPS:GIB:NVLINK_GB_S:NETWORK_GB_S.
+
+    Raises:
+        UserError: neither.
+    """
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
+    name, *numbers = text.split(":")
+    try:
+        tflops, memory, nvlink, network = map(float, numbers)
+    except ValueError:
+        raise UserError(
+            f"--gpu {text} is not known: give {', '.join(GPUS)}, or NAME:TFLOPS:GIB:NVLINK_GB_S:NETWORK_GB_S, such as "
+            f"h100:989:79:450:50."
+        ) from None
+    if min(tflops, memory, nvlink, network) <= 0:
+        raise UserError(f"--gpu {text} has a figure that is not above 0: all four must be.")
+    return Gpu(name, tflops, memory, nvlink, network)
