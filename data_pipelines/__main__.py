@@ -18,18 +18,25 @@ from rich.table import Table
 
 from data_pipelines.command_line import parser
 from data_pipelines.console import OUT, print_census, print_counts, print_reasons, progress_bar
-from data_pipelines.errors import DataError, UserError
+from data_pipelines.errors import DataError, UserError, cannot_write
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Part
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, that of the user's error, or 130 after Ctrl-C."""
+    """Runs a command and returns the exit code: 0, the user's error's, 130 after Ctrl-C, or 141 if nobody reads on."""
     options = parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options) or 0
     except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at exit
+        return 141
+    except OSError as error:  # what is read has said so in words of its own
+        error = cannot_write(str(error.filename or "the result"), error)
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -118,24 +125,17 @@ def _index(options: argparse.Namespace) -> None:
 def _filters(options: argparse.Namespace):
     from data_pipelines.filters import Filters
 
-    language, score = options.language, options.min_score
+    language = options.language
     return Filters(
         min_size=options.min_size,
         max_aspect=options.max_aspect,
         caption_characters=options.caption_characters,
         language=(language[0], frozenset(language[1].split(","))) if language else None,
-        min_score=(score[0], _number(score[1])) if score else None,
+        min_score=options.min_score,
         uids=options.uids,
         unique=frozenset(options.unique),
         exclude=options.exclude,
     )
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise DataError(f"--min-score {text} is no number: write FIELD=NUMBER, such as similarity=0.28.") from None
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -176,7 +176,6 @@ def _stats(options: argparse.Namespace) -> None:
             if options.sample is None:
                 sources = name_sources(options.sources)
             else:
-                _at_least_one(options.sample, "--sample")
                 sources = load_sources(options.sources, Path(scratch), processes=options.processes)
             with progress_bar("counting", len(part.of(sources)), "shards") as advance:
                 census = take_census(
@@ -207,7 +206,6 @@ def _inspect(options: argparse.Namespace) -> None:
     from data_pipelines.report import html_report
     from data_pipelines.sources import load_sources
 
-    _at_least_one(options.samples, "--samples")
     with TemporaryDirectory() as scratch:
         sources = load_sources(options.sources, Path(scratch), processes=options.processes)
         with progress_bar("counting", len(sources), "shards") as advance:
@@ -238,7 +236,6 @@ def _reshard(options: argparse.Namespace) -> None:
     from data_pipelines.reshard import Resharding
     from data_pipelines.sources import WHOLE, load_sources
 
-    _at_least_one(options.samples_per_shard, "--samples-per-shard")
     part, folder, manifest = _part(options), options.output, options.output / "manifest.json"
     with TemporaryDirectory() as scratch:
         sources = load_sources(options.sources, Path(scratch), processes=options.processes)
@@ -269,11 +266,6 @@ def _part(options: argparse.Namespace):
 
 def _of_part(path: Path, part: Part) -> Path:
     return path if part.count == 1 else path.with_name(f"{path.stem}.{part.name}{path.suffix}")
-
-
-def _at_least_one(number: int, option: str) -> None:
-    if number < 1:
-        raise DataError(f"{option} {number} is too small: give 1 or more.")
 
 
 def _tokenizer(options: argparse.Namespace) -> None:

@@ -124,7 +124,7 @@ class Census:
     """What was counted. Censuses of different samples can be merged in any order."""
 
     samples: int = 0  # that can be used
-    left_out: int = 0  # by the filters of a manifest
+    left_out: int = 0  # by a manifest that read them
     unusable: Counter[str] = field(default_factory=Counter)  # samples by reason
     measured: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in UNITS})
     formats: Counter[str] = field(default_factory=Counter)  # of images

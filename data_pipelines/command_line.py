@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -36,11 +37,11 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     demo.add_argument("--kind", choices=("scenes", "emoji"), default="scenes", help="what to draw")
     demo.add_argument("--font", type=Path, help="of emoji; by default one that is installed")
-    demo.add_argument("--train", type=int, default=20_000, help="training samples")
-    demo.add_argument("--heldout", type=int, help="held-out samples; by default 512, and 256 of emoji")
-    demo.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    demo.add_argument("--train", type=_at_least(1), default=20_000, help="training samples")
+    demo.add_argument("--heldout", type=_at_least(1), help="held-out samples; by default 512, and 256 of emoji")
+    demo.add_argument("--size", type=_at_least(1), default=64, help="side of the pictures in pixels")
     demo.add_argument(
-        "--vocab-size", type=int, help="pieces of the tokenizer, at most; by default 512, and 1024 of emoji"
+        "--vocab-size", type=_at_least(6), help="pieces of the tokenizer, at most; by default 512, and 1024 of emoji"
     )
     demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
 
@@ -57,7 +58,9 @@ def _pack(commands: argparse._SubParsersAction) -> None:
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their manifest")
     pack.add_argument("--image-column", default="image", help="column of paths, absolute or relative to the table")
     pack.add_argument("--caption-column", default="caption", help="column of captions; the others become json")
-    pack.add_argument("--samples-per-shard", type=int, default=10_000, help="a shard of 10,000 is about 300 MB")
+    pack.add_argument(
+        "--samples-per-shard", type=_at_least(1), default=10_000, help="a shard of 10,000 is about 300 MB"
+    )
 
 
 def _index(commands: argparse._SubParsersAction) -> None:
@@ -75,18 +78,18 @@ def _index(commands: argparse._SubParsersAction) -> None:
         metavar="SHARDS",
         help="files, folders, globs, 'a/{00000..00099}.tar', https://, s3://, gs://",
     )
-    index.add_argument("-o", "--output", type=Path, required=True, help="manifest to write, such as manifest.json")
+    index.add_argument("-o", "--output", type=_manifest, required=True, help="manifest to write, such as manifest.json")
     _processes(index)
     index.add_argument("--checksums", action="store_true", help="keep each shard's SHA-256, for `verify` and caches")
     index.add_argument(
         "--trust-stats", action="store_true", help="take counts from img2dataset's _stats.json or parquet; read no tar"
     )
     filters = index.add_argument_group("filters")
-    filters.add_argument("--min-size", type=int, default=0, metavar="PIXELS", help="of the shorter side")
-    filters.add_argument("--max-aspect", type=float, default=0.0, metavar="RATIO", help="longer over shorter side")
+    filters.add_argument("--min-size", type=_at_least(0), default=0, metavar="PIXELS", help="of the shorter side")
+    filters.add_argument("--max-aspect", type=_ratio, default=0.0, metavar="RATIO", help="longer over shorter side")
     filters.add_argument("--caption-characters", type=_range, metavar="FEWEST:MOST", help="of the first caption")
     filters.add_argument("--language", type=_assignment, metavar="FIELD=en,zh", help="json field and values to keep")
-    filters.add_argument("--min-score", type=_assignment, metavar="FIELD=0.28", help="json field and least value")
+    filters.add_argument("--min-score", type=_score, metavar="FIELD=0.28", help="json field and least value")
     filters.add_argument("--uids", type=Path, metavar="FILE.npy", help="keep these uids, as DataComp lists them")
     filters.add_argument(
         "--unique", action="append", default=[], choices=("image", "caption", "pair"), help="keep the first of equals"
@@ -123,7 +126,7 @@ def _stats(commands: argparse._SubParsersAction) -> None:
     what.add_argument("sources", nargs="*", default=[], metavar="SOURCES", help=_SOURCES)
     what.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="parts to add up, instead of sources")
     stats.add_argument("-o", "--output", type=Path, default=Path("stats.json"), help="file to write")
-    stats.add_argument("--sample", type=int, metavar="NUMBER", help="read so many samples only")
+    stats.add_argument("--sample", type=_at_least(1), metavar="NUMBER", help="read so many samples only")
     stats.add_argument("--language-field", default="", metavar="FIELD", help="of json; otherwise the script is counted")
     _processes(stats)
     _part(stats)
@@ -139,7 +142,7 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
     )
     _sources(inspect)
     inspect.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    inspect.add_argument("--samples", type=int, default=64, help="to show, spread over all shards")
+    inspect.add_argument("--samples", type=_at_least(1), default=64, help="to show, spread over all shards")
     inspect.add_argument("--seed", type=int, default=0, help="another seed shows other samples")
     _processes(inspect)
 
@@ -155,7 +158,7 @@ def _reshard(commands: argparse._SubParsersAction) -> None:
     )
     _sources(reshard)
     reshard.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the new shards")
-    reshard.add_argument("--samples-per-shard", type=int, default=10_000, help="the last shard may have fewer")
+    reshard.add_argument("--samples-per-shard", type=_at_least(1), default=10_000, help="the last shard may have fewer")
     reshard.add_argument("--seed", type=int, default=0, help="another seed gives another order")
     _processes(reshard)
     _part(reshard)
@@ -170,7 +173,9 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, help="pieces, at most: 30000 suits web captions")
+    tokenizer.add_argument(
+        "--vocab-size", type=_at_least(6), required=True, help="pieces, at most: 30000 suits web captions"
+    )
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
 
 
@@ -195,7 +200,9 @@ def _coverage(commands: argparse._SubParsersAction) -> None:
     )
     coverage.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help=".model, or folder of a Hugging Face one")
     coverage.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
-    coverage.add_argument("--text-length", type=int, default=64, help="tokens of a caption, as in the model's config")
+    coverage.add_argument(
+        "--text-length", type=_at_least(3), default=64, help="tokens of a caption, as in the model's config"
+    )
 
 
 _SOURCES = "manifest.json, or shards as `index` takes them: files, folders, globs, braces, URLs"
@@ -206,7 +213,7 @@ def _sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, help="working at the same time; by default one a core")
+    parser.add_argument("--processes", type=_at_least(1), help="working at the same time; by default one a core")
 
 
 def _part(parser: argparse.ArgumentParser) -> None:
@@ -217,11 +224,45 @@ def _part(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"give a whole number of {least} or more, not {text}")
+        return int(text)
+
+    return number
+
+
+def _ratio(text: str) -> float:
+    ratio = _number(text, "a number such as 3")
+    if not ratio >= 1:
+        raise argparse.ArgumentTypeError(f"give 1 or more, not {text}: the longer side is never below the shorter")
+    return ratio
+
+
+def _manifest(text: str) -> Path:
+    if not text.endswith(".json"):  # which is how tools tell it from shards
+        raise argparse.ArgumentTypeError(f"give a name that ends in .json, not {text}")
+    return Path(text)
+
+
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"write FIELD=VALUE, not {text!r}")
     return name, value
+
+
+def _score(text: str) -> tuple[str, float]:
+    name, value = _assignment(text)
+    return name, _number(value, "FIELD=NUMBER, such as similarity=0.28")
+
+
+def _number(text: str, wanted: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write {wanted}, not {text!r}") from None
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -20,13 +20,23 @@ class DataError(UserError):
 
 def cannot_open(what: str, error: OSError) -> DataError:
     """What to say of a file that is there and yet cannot be opened."""
-    fixes = {
-        errno.EISDIR: "name a file, not a folder",
-        errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
-        errno.ENFILE: "raise the machine's limit of open files (`sysctl fs.file-max`)",
-    }
-    fix = fixes.get(error.errno or 0, "see that you may read it and that its disk answers")
+    fix = _FIXES.get(error.errno or 0, "see that you may read it and that its disk answers")
     return DataError(f"{what} cannot be opened ({error.strerror}): {fix}.")
+
+
+def cannot_write(what: str, error: OSError) -> DataError:
+    """What to say of a file that cannot be made."""
+    fix = _FIXES.get(error.errno or 0, "free some space or get the right to write there")
+    return DataError(f"Cannot write {what} ({error.strerror}): {fix}.")
+
+
+_FIXES = {
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "name a place in a folder, not below a file",
+    errno.EEXIST: "name a place in a folder, not below a file",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "raise the machine's limit of open files (`sysctl fs.file-max`)",
+}
 
 
 class SampleError(Exception):

@@ -300,7 +300,10 @@ def _nothing_usable(shards: Sequence[Shard], report: Report) -> DataError:
     where = shards[0].location if shards else "none"
     if report.faults:
         where = f"{printable(report.faults[0].key)} in {report.faults[0].shard}"
+    fix = "let the filters keep more"
+    if not report.filtered:
+        extensions = ", ".join(IMAGE_EXTENSIONS)
+        fix = f"a sample needs an image ({extensions}) and a caption (.txt, or `caption` in .json) under one key"
     return DataError(
-        f"No usable sample in {len(shards):,} shards ({why or 'they are empty'}; the first is {where}): a sample needs "
-        f"an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key."
+        f"No usable sample in {len(shards):,} shards ({why or 'they are empty'}; the first is {where}): {fix}."
     )

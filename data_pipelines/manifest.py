@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipelines.errors import DataError, cannot_open
+from data_pipelines.errors import DataError, cannot_open, cannot_write
 from data_pipelines.storage import is_remote
 
 FORMAT = 2
@@ -197,9 +197,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         with suppress(OSError):
             tmp.unlink()
-        raise DataError(
-            f"Cannot write {path}: {error.strerror}. Free some space or get the right to write there."
-        ) from None
+        raise cannot_write(str(path), error) from None
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -234,7 +232,7 @@ def _read_json(path: Path) -> tuple[dict[str, object], list[dict[str, object]]]:
         shards = content.pop("shards")
         if not isinstance(shards, list):
             raise TypeError("shards are no list")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_manifest(path, error) from None
     return content, shards
 

@@ -122,13 +122,15 @@ def iter_rows(source: Path, image_column: str, caption_column: str) -> Iterator[
     if source.suffix.lower() != ".parquet":
         _check_text(source)
     columns, records = readers[source.suffix.lower()](source)
+    if not columns:
+        raise DataError(f"{source} is empty: give a table whose first line names its columns.")
     for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
         if name not in columns:
             nearest = difflib.get_close_matches(name, columns, n=1, cutoff=0)
-            hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-            raise DataError(
-                f"{source} has no column {name!r}, only {', '.join(map(repr, columns))}{hint}: name it with {option}."
+            others = (
+                f"only {', '.join(map(repr, columns))}; the nearest is {nearest[0]!r}" if nearest else "nor any other"
             )
+            raise DataError(f"{source} has no column {name!r}, {others}: name it with {option}.")
     return _table_rows(source.parent, records, image_column, caption_column)
 
 

@@ -22,6 +22,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 
 from data_pipelines.errors import DataError, cannot_open
+from data_pipelines.manifest import write_atomically
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -299,13 +300,12 @@ def train_sentencepiece(
             control_symbols=[_SPECIAL_PIECES[MASK]],
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(
             f"No tokenizer of {vocab_size:,} pieces can be trained on these captions ({_last_words(error)}): "
             f"give more captions or another --vocab-size."
         ) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    write_atomically(path, lambda tmp: tmp.write_bytes(model.getvalue()))
 
 
 def export_tokenizer(model: Path, folder: Path) -> None:
@@ -316,6 +316,7 @@ def export_tokenizer(model: Path, folder: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
+    folder.mkdir(parents=True, exist_ok=True)  # in the place of a file, save_pretrained would write nothing
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(model.read_bytes())
     ids = {p.piece: number for number, p in enumerate(proto.pieces)}
@@ -417,5 +418,5 @@ def _lacks(path: Path, missing: list[str], fix: str) -> DataError:
     )
 
 
-def _last_words(error: RuntimeError) -> str:
+def _last_words(error: Exception) -> str:
     return str(error).rpartition("]")[2].strip().rstrip(".") or str(error).splitlines()[0]

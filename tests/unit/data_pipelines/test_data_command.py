@@ -142,6 +142,12 @@ def test_a_list_of_faults_does_not_outlive_them(shard: Path):
         (["--language", "en"], "write FIELD=VALUE, not 'en'"),
         (["--caption-characters", "a:b"], "write FEWEST:MOST, as in 5:1000, not 'a:b'"),
         (["--unique", "uid"], "invalid choice"),
+        (["--min-score", "score=high"], "write FIELD=NUMBER, such as similarity=0.28, not 'high'"),
+        (["--max-aspect", "wide"], "write a number such as 3, not 'wide'"),
+        (["--max-aspect", "nan"], "give 1 or more, not nan: the longer side is never below the shorter"),
+        (["--min-size", "-1"], "give a whole number of 0 or more, not -1"),
+        (["--processes", "two"], "give a whole number of 1 or more, not two"),
+        (["-o", "0.tar"], "give a name that ends in .json, not 0.tar"),
     ],
 )
 def test_an_option_that_is_written_otherwise_is_refused_with_an_example(
@@ -152,9 +158,64 @@ def test_an_option_that_is_written_otherwise_is_refused_with_an_example(
     assert words in capfd.readouterr().err
 
 
-def test_a_score_that_is_no_number_is_refused_in_one_sentence(shard: Path, capfd: pytest.CaptureFixture[str]):
-    assert index(shard, "--min-score", "score=high") == 4
-    assert capfd.readouterr().err == "--min-score high is no number: write FIELD=NUMBER, such as similarity=0.28.\n"
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        *((["demo", "d", "--train", "0"], 1), (["demo", "d", "--heldout", "0"], 1), (["demo", "d", "--size", "-3"], 1)),
+        *((["pack", "a", "b", "--samples-per-shard", "0"], 1), (["reshard", "a", "--samples-per-shard", "-1"], 1)),
+        *((["stats", "a", "--sample", "0"], 1), (["inspect", "a", "--samples", "0"], 1)),
+        *((["tokenizer", "a", "--vocab-size", "5"], 6), (["coverage", "a", "b", "--text-length", "2"], 3)),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused_before_anything_is_read(
+    arguments: list[str], least: int, capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    assert f"give a whole number of {least} or more, not {arguments[-1]}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["demo", "FILE"], ["demo", "FILE/x"], ["pack", "PICTURES", "FILE"], ["pack", "PICTURES", "FILE/x"]),
+        *(
+            ["index", "SHARDS", "-o", "FILE/m.json"],
+            ["index", "SHARDS", "-o", "FOLDER"],
+            ["verify", "M", "-o", "FILE/x"],
+        ),
+        *(["stats", "M", "-o", "FOLDER"], ["inspect", "M", "-o", "FILE"], ["reshard", "M", "-o", "FILE"]),
+        *(["tokenizer", "M", "--vocab-size", "50", "-o", name] for name in ("FOLDER", "FILE/x")),
+        ["tokenizer", "M", "--vocab-size", "50", "-o", "FOLDER/t.model", "--export", "FILE"],
+        ["adopt", "THEIRS", "-o", "FILE/x"],
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_in_one_sentence_by_every_command(
+    command: list[str], corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    places = {"M": corpus.manifest, "SHARDS": corpus.folder, "PICTURES": tmp_path / "pictures"}
+    places |= {"FILE": tmp_path / "file", "FOLDER": tmp_path / "a.json", "THEIRS": tmp_path / "theirs"}
+    (tmp_path / "a.json").mkdir()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "pictures" / "a.txt").write_text("words")
+    if command[0] == "adopt":
+        export_tokenizer(corpus.tokenizer, tmp_path / "theirs")
+    arguments = [re.sub("^[A-Z]+", lambda found: str(places[found[0]]), argument) for argument in command]
+    assert main(arguments) == 4
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(r"Cannot write .* \((Not a directory|File exists|Is a directory)\): name a .*\.$", said), said
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_whoever_reads_only_the_beginning_of_what_is_printed_sees_no_traceback(corpus: Corpus, tmp_path: Path):
+    command = f"{sys.executable} -m data_pipelines stats {corpus.manifest} -o {tmp_path}/s.json --processes 1"
+    code = ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"]
+    run = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "141\n"
+    assert "Error" not in run.stderr
 
 
 def test_filters_and_counts_of_others_do_not_go_together(shard: Path, capfd: pytest.CaptureFixture[str]):

@@ -194,8 +194,3 @@ def test_long_captions_are_broken_at_spaces_or_anywhere_and_end_in_an_ellipsis()
     assert lines[-1].endswith("\u2026")
     assert "".join(setter.lines("x" * 40, 120, 9)) == "x" * 40
     assert setter.lines("", 120, 4) == []
-
-
-def test_no_samples_to_show_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    assert main(["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--samples", "0"]) == 4
-    assert capfd.readouterr().err == "--samples 0 is too small: give 1 or more.\n"

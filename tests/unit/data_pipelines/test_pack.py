@@ -204,6 +204,7 @@ def test_a_row_of_csv_that_cannot_be_read_is_rejected_with_its_line(tmp_path: Pa
         ("t.csv", b"image,caption\na.jpg,caf\xe9\n", "is not UTF-8: convert it, as with `iconv"),
         ("t.jsonl", b'{"image": "a", "caption": "caf\xe9"}\n', "is not UTF-8: convert it, as with `iconv"),
         ("t.jsonl", b"{\n[]\n", "is a JSON object: give one object of columns a line."),
+        ("t.csv", b"", "is empty: give a table whose first line names its columns."),
         ("t.parquet", b"PAR1 and no more", "cannot be read as parquet (ArrowInvalid): write it again"),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing_of_it(manifest: Path, tmp
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("data_pipelines.reshard.write_shard", full)
-    with pytest.raises(DataError, match=r"^Cannot write .*00000\.tar: No space left on device\. Free some space"):
+    with pytest.raises(DataError, match=r"^Cannot write .*00000\.tar \(No space left on device\): free some space"):
         job.write(processes=1)
     assert [path.name for path in job.folder.iterdir()] == ["reshard.json"]
 

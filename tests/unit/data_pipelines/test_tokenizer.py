@@ -279,6 +279,8 @@ def test_a_hugging_face_tokenizer_without_a_mask_is_refused(exported: Path, tmp_
 def test_no_text_to_train_on_is_an_error_that_says_so(tmp_path: Path):
     with pytest.raises(DataError, match=r"No tokenizer of 60 pieces can be trained .*: give more captions or another"):
         train_sentencepiece([], tmp_path / "t.model", 60)
+    with pytest.raises(DataError, match="No tokenizer of 99,999,999,999 pieces"):
+        train_sentencepiece(["a b"], tmp_path / "t.model", 99_999_999_999)
     with pytest.raises(DataError, match="No tokenizer of 6 pieces"):
         train_sentencepiece(CAPTIONS[:50], tmp_path / "t.model", 6)
 
