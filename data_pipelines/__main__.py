@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0, the user's error's, 130 after Ctrl-C, or 141 if nobody reads on."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     options = parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options) or 0
@@ -220,7 +223,8 @@ def _inspect(options: argparse.Namespace) -> None:
     sheet, missing = contact_sheet(found.pictures)
     page, picture = options.output / "report.html", options.output / "contact_sheet.png"
     write_atomically(picture, lambda tmp: sheet.save(tmp, "PNG"))
-    write_atomically(page, lambda tmp: tmp.write_text(html_report(found), encoding="utf-8"))
+    html = html_report(found)
+    write_atomically(page, lambda tmp: tmp.write_text(html, encoding="utf-8", errors="backslashreplace"))
     print(f"{page} and {picture.name}: {len(found.pictures):,} of {found.total:,} samples")
     print(f"one core decodes {found.samples_per_s:,.0f} samples/s, {found.mb_per_s:,.1f} MB/s")
     if missing:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -208,6 +209,25 @@ def test_a_place_that_cannot_be_written_to_is_told_in_one_sentence_by_every_comm
     said = capfd.readouterr().err.splitlines()[-1]
     assert re.match(r"Cannot write .* \((Not a directory|File exists|Is a directory)\): name a .*\.$", said), said
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_whose_name_is_no_text_is_like_any_other(corpus: Corpus, tmp_path: Path):
+    folder = tmp_path / "\udcff"
+    shutil.copytree(corpus.folder, folder)
+    for command in (
+        ["index", folder, "-o", folder / "m.json"],
+        ["inspect", folder / "m.json", "-o", folder / "report"],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "data_pipelines", *command, "--processes", "1"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert rb"/\udcff/" in run.stdout
+    assert r"/\udcff/m.json" in (folder / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_whoever_reads_only_the_beginning_of_what_is_printed_sees_no_traceback(corpus: Corpus, tmp_path: Path):
