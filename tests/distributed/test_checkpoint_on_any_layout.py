@@ -1,38 +1,28 @@
-"""What one layout saved, every other goes on from: same losses, same gradient norms, on 1, 2 or 4 ranks."""
+"""What one layout saved, every other goes on from: same losses, same gradient norms, on 1, 2 or 4 ranks.
+
+Each layout loads what one process saved, and saves what one process and some quite different layout load.
+"""
 
 import pytest
 
+from distributed.layouts import LAYOUTS
 from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, read_run
 
 SAVED_AFTER, STEPS = 4, 8
-LAYOUTS = [  # ranks, ZeRO stage, tensor parallel, pipeline parallel
-    ("one_rank", 0, 1, 1),
-    ("two_ranks", 1, 1, 1),
-    ("two_ranks", 3, 1, 1),
-    ("four_ranks", 2, 1, 1),
-    ("two_ranks", 0, 2, 1),
-    ("four_ranks", 3, 2, 1),
-    ("two_ranks", 0, 1, 2),
-    ("four_ranks", 1, 1, 2),
-    ("four_ranks", 1, 2, 2),
-]
+ONE_PROCESS = "ZeRO-0, 1 rank"
 
 
-def layout(stage, tp, pp):
-    return tiny_config(engine__zero_stage=stage, engine__tensor_parallel=tp, engine__pipeline_parallel=pp)
-
-
-def train_and_save(mesh, stage, tp, pp, folder):
-    config = layout(stage, tp, pp)
+def train_and_save(mesh, changes, folder):
+    config = tiny_config(**changes)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, SAVED_AFTER, engine)
     run = {"applied_steps": engine.applied_steps}
     return CheckpointStore(folder, mesh.world, keep=2).save(SAVED_AFTER, engine.fragments(), run)
 
 
-def load_and_go_on(mesh, stage, tp, pp, folder):
-    config = layout(stage, tp, pp)
+def load_and_go_on(mesh, changes, folder):
+    config = tiny_config(**changes)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, 1, engine, first=15)  # other weights and moments than fresh ones
     store = CheckpointStore(folder, mesh.world, keep=2)
@@ -43,18 +33,40 @@ def load_and_go_on(mesh, stage, tp, pp, folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted():
-    return plain_curve(tiny_config(), STEPS)[SAVED_AFTER:]
+def goes_on():
+    """Checks that a layout that loads what is in a folder takes the steps of a run that nothing interrupted."""
+    uninterrupted = plain_curve(tiny_config(), STEPS)[SAVED_AFTER:]
 
-
-@pytest.mark.parametrize("saver", LAYOUTS, ids=str)
-def test_every_layout_goes_on_from_it(request, tmp_path, uninterrupted, saver):
-    ranks, *degrees = saver
-    assert set(request.getfixturevalue(ranks).run(train_and_save, *degrees, tmp_path)) == {None}
-    for loader, *loader_degrees in LAYOUTS:
-        for curve in request.getfixturevalue(loader).run(load_and_go_on, *loader_degrees, tmp_path):
+    def check(request, layout, folder):
+        ranks, changes = LAYOUTS[layout]
+        for curve in request.getfixturevalue(ranks).run(load_and_go_on, changes, folder):
             for (losses, norm), (expected, expected_norm) in zip(curve, uninterrupted, strict=True):
-                assert losses == pytest.approx(expected, abs=2e-5), (
-                    f"loaded on {loader} with ZeRO, tensor and pipeline parallel {loader_degrees}"
-                )
-                assert norm == pytest.approx(expected_norm, rel=2e-4)
+                assert losses == pytest.approx(expected, abs=2e-5), f"loaded on {layout}"
+                assert norm == pytest.approx(expected_norm, rel=2e-4), f"loaded on {layout}"
+
+    return check
+
+
+def save(request, layout, folder):
+    ranks, changes = LAYOUTS[layout]
+    assert set(request.getfixturevalue(ranks).run(train_and_save, changes, folder)) == {None}
+
+
+@pytest.fixture(scope="module")
+def saved_by_one_process(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save(request, ONE_PROCESS, folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_goes_on_from_what_one_process_saved(request, goes_on, saved_by_one_process, layout):
+    goes_on(request, layout, saved_by_one_process)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_and_another_layout_go_on_from_what_it_saved(request, goes_on, tmp_path, layout):
+    save(request, layout, tmp_path)
+    goes_on(request, ONE_PROCESS, tmp_path)
+    names = list(LAYOUTS)
+    goes_on(request, names[(names.index(layout) + 11) % len(names)], tmp_path)

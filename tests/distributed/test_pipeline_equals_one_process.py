@@ -1,15 +1,20 @@
-"""A pipeline takes the very steps of one process: plain and on DeepSpeed, with tensor and data parallelism, in fp32.
-
-Same global batch, hard negatives in pools, all three objectives, clipping that bites.
-"""
+"""A pipeline, plain and on DeepSpeed: what is switched on changes no number, and stages hold their layers alone."""
 
 import pytest
 import torch
 
-from distributed.test_global_negatives import GLOBAL
-from distributed.test_tensor_parallel_equals_one_process import DUAL_ENCODER
-from distributed.test_zero_equals_one_process import assert_same_curve
-from distributed.tiny import VOCABULARY, engine_curve, mesh_of, micro_batches, plain_curve, tiny_config, tiny_engine
+from distributed.tiny import (
+    DUAL_ENCODER,
+    GLOBAL_NEGATIVES,
+    VOCABULARY,
+    assert_same_curve,
+    engine_curve,
+    mesh_of,
+    micro_batches,
+    plain_curve,
+    tiny_config,
+    tiny_engine,
+)
 from pretrain.accounting import stages
 from pretrain.models.architectures import layer_specs
 
@@ -25,48 +30,26 @@ def reference():
     return plain_curve(tiny_config(), STEPS)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_two_stages_equal_one_process(two_ranks, reference, zero_stage):
-    for curve in two_ranks.run(engine_curve, pipeline(2, zero_stage), STEPS):
-        assert_same_curve(curve, reference)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1])
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_stages_times_data_or_tensor_parallel_equal_one_process(four_ranks, reference, zero_stage, tensor_parallel):
-    for curve in four_ranks.run(engine_curve, pipeline(2, zero_stage, engine__tensor_parallel=tensor_parallel), STEPS):
-        assert_same_curve(curve, reference)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_four_stages_equal_one_process(four_ranks, reference, zero_stage):
-    """With fewer micro-batches than stages, so that the pipeline never fills.
-
-    Only one stage has a temperature: DeepSpeed sums the norm group by group, and would wait for the others' for ever.
-    """
-    for curve in four_ranks.run(engine_curve, pipeline(4, zero_stage), STEPS):
-        assert_same_curve(curve, reference)
-
-
 def test_activation_checkpointing_changes_no_number(two_ranks, reference):
     config = pipeline(2, 1, engine__activation_checkpointing=True)
     assert_same_curve(two_ranks.run(engine_curve, config, STEPS)[0], reference)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_the_dual_encoder_too(two_ranks, zero_stage):
-    reference = plain_curve(tiny_config(**DUAL_ENCODER), STEPS)
-    for curve in two_ranks.run(engine_curve, pipeline(2, zero_stage, **DUAL_ENCODER), STEPS):
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_with_negatives_of_the_global_batch_accumulation_changes_nothing(two_ranks, zero_stage, accumulation):
+    config = pipeline(2, zero_stage, training__accumulation=accumulation, **GLOBAL_NEGATIVES, **DUAL_ENCODER)
+    reference = plain_curve(tiny_config(training__accumulation=1, **DUAL_ENCODER), STEPS)
+    for curve in two_ranks.run(engine_curve, config, STEPS):
         assert_same_curve(curve, reference)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_with_negatives_of_the_global_batch_accumulation_changes_nothing(four_ranks, zero_stage, accumulation):
-    reference = plain_curve(tiny_config(training__accumulation=1), STEPS)
-    config = pipeline(2, zero_stage, training__accumulation=accumulation, **GLOBAL)
+def test_matching_pools_that_lie_on_several_ranks(four_ranks, zero_stage):
+    """The stage that aligns fetches negatives from the same stage of other pipelines."""
+    config = pipeline(2, zero_stage, objectives__matching__pool=16)
     for curve in four_ranks.run(engine_curve, config, STEPS):
-        assert_same_curve(curve, reference)
+        assert_same_curve(curve, plain_curve(config, STEPS))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])

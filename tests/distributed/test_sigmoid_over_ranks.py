@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed.test_zero_equals_one_process import assert_same_curve
-from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
+from distributed.tiny import assert_same_curve, engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.collectives import row_offset
 from pretrain.objectives.contrastive import Identity
@@ -143,7 +142,7 @@ def test_accumulation_with_negatives_of_the_global_batch_is_the_whole_batch(two_
 
 
 def test_rings_inside_the_world_equal_one_process(four_ranks, reference):
-    config = tiny_config(training__accumulation=1, engine__tensor_parallel=2, **SIGMOID)
+    config = tiny_config(training__accumulation=1, engine__tensor_parallel=2, engine__zero_stage=0, **SIGMOID)
     for curve in four_ranks.run(engine_curve, config, STEPS):
         assert_same_curve(curve, reference)
 

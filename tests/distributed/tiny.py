@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,14 @@ from pretrain.parallel.mesh import Axis, Mesh, make_mesh
 
 VOCABULARY, PAD = 61, 0
 GRAIN = 4
+DUAL_ENCODER = {
+    "model__architecture": "dual_encoder",
+    "model__fusion": None,
+    "objectives__matching": None,
+    "objectives__masked_lm": None,
+}
+ARCHITECTURES = {"cross_attention": {}, "dual_encoder": DUAL_ENCODER}
+GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 
 
 def tiny_config(**changes: Any) -> Config:
@@ -119,6 +128,12 @@ def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None =
         )
         curve.append((result.losses.tolist(), result.gradient_norm))
     return curve
+
+
+def assert_same_curve(curve: list[Any], reference: list[Any]) -> None:
+    for (losses, norm), (expected_losses, expected_norm) in zip(curve, reference, strict=True):
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
 def plain_curve(config: Config, steps: int) -> list[Any]:
