@@ -20,8 +20,7 @@ from pretrain.objectives.sigmoid import sigmoid_loss
 
 
 class Temperature(nn.Module):
-    """The learnable temperature, and the sigmoid loss's bias; a layer of its own, so that ZeRO-3 gathers it for whoever
-    asks."""
+    """The learnable temperature and the sigmoid loss's bias; a layer of their own, so that ZeRO-3 gathers them."""
 
     def __init__(self, sigmoid: bool) -> None:
         super().__init__()
