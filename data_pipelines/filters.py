@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.scan import FeatureFields
+from data_pipelines.storage import file_name
 
 Unique = Literal["image", "caption", "pair"]
 
@@ -105,15 +105,15 @@ class Filters:
                     for line in lines:
                         row = json.loads(line)
                         shard = row["shard"]
-                        keys[shard if shard in ours else posixpath.basename(shard)].add(row["key"])
+                        keys[shard if shard in ours else file_name(shard)].add(row["key"])
             except OSError as error:
                 raise cannot_open(str(self.exclude), error) from None
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(
                     f"{self.exclude} has a line that is no object with `shard` and `key`: give a list as training and "
                     f"`verify` write it."
                 ) from None
-        return [keys[location] | keys[posixpath.basename(location)] for location in locations]
+        return [keys[location] | keys[file_name(location)] for location in locations]
 
 
 class Duplicates:

@@ -12,6 +12,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
+from data_pipelines.storage import shown
 from data_pipelines.tar import printable
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
@@ -88,7 +89,7 @@ class _HeldoutBatches(BatchDataset):
             except SampleError as error:
                 raise DataError(
                     f"Held-out sample {printable(name or error.key)} in shard "
-                    f"{self._manifest.shards[shard].location} cannot be used: {error}. Mend it or "
+                    f"{shown(self._manifest.shards[shard].location)} cannot be used: {error}. Mend it or "
                     f"take it out, then run `python -m data_pipelines index` again."
                 ) from None
         return collate(rows, records=records)

@@ -32,7 +32,7 @@ from data_pipelines.manifest import (
 from data_pipelines.parallel import each_done
 from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
 from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
-from data_pipelines.storage import ByteSource, describe, is_remote, open_bytes
+from data_pipelines.storage import ByteSource, describe, file_name, is_remote, open_bytes, shown
 from data_pipelines.tar import printable
 
 
@@ -272,13 +272,13 @@ def _count(location: str, patience_s: float) -> int:
             return count(source.read(0, source.size))
         except Exception as error:  # whatever a parser says of bytes that are no such file
             raise DataError(
-                f"{name} does not say how many samples {location} holds ({type(error).__name__}): index it without "
-                f"--trust-stats, which reads its headers."
+                f"{shown(name)} does not say how many samples {shown(location)} holds ({type(error).__name__}): index "
+                f"it without --trust-stats, which reads its headers."
             ) from None
         finally:
             source.close()
     raise DataError(
-        f"Beside {location} there is neither {stem.rpartition('/')[2]}_stats.json nor .parquet: index it without "
+        f"Beside {shown(location)} there is neither {file_name(stem)}_stats.json nor .parquet: index it without "
         f"--trust-stats, which reads its headers."
     )
 
@@ -297,9 +297,9 @@ def _count_parquet(content: bytes) -> int:
 def _nothing_usable(shards: Sequence[Shard], report: Report) -> DataError:
     reasons = Counter(drop.reason for drop in report.faults) + report.filtered
     why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5))
-    where = shards[0].location if shards else "none"
+    where = shown(shards[0].location) if shards else "none"
     if report.faults:
-        where = f"{printable(report.faults[0].key)} in {report.faults[0].shard}"
+        where = f"{printable(report.faults[0].key)} in {shown(report.faults[0].shard)}"
     fix = "let the filters keep more"
     if not report.filtered:
         extensions = ", ".join(IMAGE_EXTENSIONS)

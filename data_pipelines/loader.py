@@ -20,6 +20,7 @@ from data_pipelines.mixture import DataState, Segment, SourceIdentity, integer_s
 from data_pipelines.order import Order
 from data_pipelines.randomness import Purpose, raw
 from data_pipelines.reader import ShardReader
+from data_pipelines.storage import shown
 from data_pipelines.tar import printable
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
@@ -251,7 +252,7 @@ class _TrainingBatches(BatchDataset):
                 return self._assembler.row(source.reader.read(*place), position)
         raise DataError(
             f"No sample of a whole window of {source.order.window:,} can be used; one is {printable(bad.key)} in shard "
-            f"{bad.shard}: {bad.reason}. Check how these shards were made."
+            f"{shown(bad.shard)}: {bad.reason}. Check how these shards were made."
         )
 
     def _locate(self, segment: Segment, grain: int) -> tuple[Source, int, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import posixpath
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipelines.errors import DataError, cannot_open, cannot_write
-from data_pipelines.storage import is_remote
+from data_pipelines.storage import file_name, is_remote
 
 FORMAT = 2
 _MANIFEST_AGAIN = "write the manifest again with `python -m data_pipelines index`"
@@ -57,11 +56,11 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies the data: names, sizes and what is kept. It survives moving or copying the shards."""
+        """Identifies the data: names, sizes and what is kept. Moved shards and newly signed URLs keep it."""
         digest = hashlib.sha256(self._keep_digest.encode())
         for shard in self.shards:
-            name = posixpath.basename(shard.location)
-            digest.update(f"{name}\0{shard.bytes}\0{shard.indexed}\0{shard.samples}\n".encode())
+            line = f"{file_name(shard.location)}\0{shard.bytes}\0{shard.indexed}\0{shard.samples}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property

@@ -16,7 +16,7 @@ from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest, Shard, check_size, save_array
 from data_pipelines.sample import Fault, Sample, parse_sample
 from data_pipelines.scan import scan
-from data_pipelines.storage import ByteSource, is_remote, open_bytes
+from data_pipelines.storage import ByteSource, is_remote, open_bytes, shown
 from data_pipelines.tar import TarError, printable
 
 MAX_TRAINING_CAPTIONS = 2_000_000  # more do not change a tokenizer, and sentencepiece holds them in memory
@@ -64,7 +64,9 @@ class ShardReader:
             raise SampleError(Fault.DAMAGED.reason)
         data = opened.source.read(start, stop - start)
         if len(data) < stop - start:
-            raise DataError(f"Shard {location} ends before byte {stop:,} where the index has a sample: {_REINDEX}")
+            raise DataError(
+                f"Shard {shown(location)} ends before byte {stop:,} where the index has a sample: {_REINDEX}"
+            )
         try:
             sample = parse_sample(location, data)
             if fault == Fault.REPEATED_KEY:  # which the sample alone does not show
@@ -76,7 +78,7 @@ class ShardReader:
             if fault:
                 raise
             reason = f"{printable(error.key)}: {error}"  # which the index would know
-        raise DataError(f"Shard {location} from byte {start:,} holds no sample ({reason}): {_REINDEX}")
+        raise DataError(f"Shard {shown(location)} from byte {start:,} holds no sample ({reason}): {_REINDEX}")
 
     def read_all(self, shards: Sequence[int], indices: Sequence[int]) -> list[Sample | SampleError]:
         """Several samples, with an error in the place of one that has a fault; remote ones at the same time."""
@@ -140,14 +142,14 @@ class ShardReader:
         if not fits(rows, entry):
             if is_remote(entry.location) and not self._cache:
                 raise DataError(
-                    f"Shard {entry.location} is remote and not indexed, so that its samples cannot be found without "
-                    f"reading all of it: set data.cache, or index it with `python -m data_pipelines index`."
+                    f"Shard {shown(entry.location)} is remote and not indexed, so that its samples cannot be found "
+                    f"without reading all of it: set data.cache, or index it with `python -m data_pipelines index`."
                 )
             rows = scan(source)
             if len(rows) != entry.indexed:
                 raise DataError(
-                    f"Shard {entry.location} holds {len(rows):,} samples but the manifest counts {entry.indexed:,}: "
-                    f"{_REINDEX}"
+                    f"Shard {shown(entry.location)} holds {len(rows):,} samples but the manifest counts "
+                    f"{entry.indexed:,}: {_REINDEX}"
                 )
             with suppress(DataError):  # a folder that cannot be written to costs a scan each time
                 save_array(path, rows)

@@ -10,6 +10,7 @@ from html import escape
 
 from data_pipelines.census import UNITS, Distribution
 from data_pipelines.inspection import CENSUS_SAMPLES, Group, Inspection, Picture
+from data_pipelines.storage import file_name, shown
 from data_pipelines.verify import Problem
 
 _BARS = 32
@@ -63,7 +64,7 @@ def html_report(inspection: Inspection) -> str:
         "MB of images a second": f"{inspection.mb_per_s:,.1f}",
     }
     sections = [
-        f"<h1>Inspection</h1><p class='soft'>{escape(' '.join(inspection.sources))}</p>",
+        f"<h1>Inspection</h1><p class='soft'>{escape(' '.join(map(shown, inspection.sources)))}</p>",
         "<div class='figures'>" + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>",
         f"<p class='soft'>Counted over {read:,} samples spread evenly (at most {CENSUS_SAMPLES:,}). "
         f"Decoding is of the samples shown, whole, to 224 x 224 pixels.</p>",
@@ -97,7 +98,7 @@ def _figure(picture: Picture) -> str:
     jpeg = io.BytesIO()
     picture.thumbnail.save(jpeg, "JPEG", quality=85)
     source = base64.b64encode(jpeg.getvalue()).decode()
-    caption, place = escape(picture.caption), f"{picture.shard.rpartition('/')[2]} {picture.key}"
+    caption, place = escape(picture.caption), f"{file_name(picture.shard)} {picture.key}"
     return (
         f"<figure><div><img alt='' src='data:image/jpeg;base64,{source}'></div><figcaption>"
         f'<span title="{caption}">{caption}</span>'
@@ -155,7 +156,7 @@ def _problems(reasons: Sequence[tuple[str, int]], examples: Sequence[Problem]) -
     if not reasons and not examples:
         return "<p>None was found.</p>"
     text = _shares("reason", reasons, sum(count for _, count in reasons))
-    rows = ((found.shard.rpartition("/")[2], found.key, found.reason) for found in examples)
+    rows = ((file_name(found.shard), found.key, found.reason) for found in examples)
     return f"{text}<h3>Examples</h3><div class='left'>{_table(('shard', 'key', 'reason'), rows)}</div>"
 
 

@@ -17,6 +17,7 @@ from data_pipelines.parallel import each_done
 from data_pipelines.randomness import Purpose, permutation
 from data_pipelines.shards import write_shard
 from data_pipelines.sources import WHOLE, Part, Source, by_source
+from data_pipelines.storage import shown
 from data_pipelines.tar import TarError, iter_members, iter_samples
 
 _RECORD = "reshard.json"
@@ -142,8 +143,8 @@ def _members(location: str, data: bytes, start: int) -> tuple[str, dict[str, byt
         (sample,) = iter_samples(iter_members(read, len(data), whole=False))
     except (TarError, ValueError) as error:
         raise DataError(
-            f"Shard {location} from byte {start:,} holds no sample ({error}): it has changed since it was indexed; "
-            f"run `python -m data_pipelines index` again."
+            f"Shard {shown(location)} from byte {start:,} holds no sample ({error}): it has changed since it was "
+            f"indexed; run `python -m data_pipelines index` again."
         ) from None
     return sample.key, {extension: read(m.start, m.size) for extension, m in sample.members.items()}
 

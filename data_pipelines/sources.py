@@ -14,7 +14,7 @@ from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest, Shard, check_size, rows_kept
 from data_pipelines.reader import fits
 from data_pipelines.scan import ReadAhead, scan
-from data_pipelines.storage import ByteSource, expand, is_remote, open_bytes
+from data_pipelines.storage import ByteSource, expand, is_remote, open_bytes, shown
 
 PATIENCE_S = 300.0  # of a remote read
 
@@ -70,7 +70,7 @@ class Source:
             rows = scan(ReadAhead(source, is_remote(self.location)))
             if self.entry is not None and len(rows) != self.entry.indexed:
                 raise DataError(
-                    f"Shard {self.location} holds {len(rows):,} samples but the manifest counts "
+                    f"Shard {shown(self.location)} holds {len(rows):,} samples but the manifest counts "
                     f"{self.entry.indexed:,}: it has changed; run `python -m data_pipelines index` again."
                 )
         return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import posixpath
 import re
 import stat
 import time
@@ -69,6 +70,12 @@ def is_remote(location: str) -> bool:
 def shown(location: str) -> str:
     """A location as messages print it: without user, password and query, which may hold a signature."""
     return _scrubbed(location) if is_remote(location) else location
+
+
+def file_name(location: str) -> str:
+    """The last part of a path, or of a URL without its query, which is signed anew for the same file."""
+    path = urlsplit(location).path if location.startswith(("http://", "https://")) else location
+    return posixpath.basename(path)
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,12 @@ def test_a_manifest_that_cannot_be_written_says_where(corpus: Corpus, tmp_path: 
     manifest = Manifest(tmp_path / "file" / "m.json", Manifest.load(corpus.manifest).shards)
     with pytest.raises(DataError, match=r"Cannot write .*m\.json \((Not a directory|File exists)\): name a"):
         manifest.save()
+
+
+def test_a_shard_whose_name_is_no_text_can_be_told_from_others(corpus: Corpus):
+    shards = Manifest.load(corpus.manifest).shards
+    named = [replace(shards[0], location=f"/data/{name}.tar") for name in ("\udcff", "\udcfe")]
+    assert len({Manifest(corpus.manifest, (shard,)).hash for shard in named}) == 2
 
 
 def test_a_manifest_is_json_that_people_can_read(corpus: Corpus):

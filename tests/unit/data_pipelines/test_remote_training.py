@@ -2,19 +2,25 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
-from corpus import Corpus
+from corpus import Corpus, Members, make_corpus
 from http_server import Fault, ShardServer
 
+from data_pipelines.batch import BadSample
+from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest, count_from_stats
 from data_pipelines.loader import TrainingData
+from data_pipelines.reader import ShardReader
+from data_pipelines.reshard import Resharding
+from data_pipelines.sources import name_sources
 
 STEPS = 14  # two epochs
 
@@ -150,3 +156,51 @@ def test_a_server_that_stays_away_stops_the_run_with_one_sentence(remote: Corpus
     assert "\n" not in message
     assert "cannot be read at byte" in message
     assert "data.patience_s" in message
+
+
+def signed(server: ShardServer, corpus: Corpus, signature: str) -> list[str]:
+    return [f"{url}?signature={signature}" for url in urls(server, corpus)]
+
+
+def test_a_run_goes_on_with_urls_that_are_signed_anew(server: ShardServer, corpus: Corpus, tmp_path: Path):
+    states = []
+    for signature in ("once", "later"):
+        shards = signed(server, corpus, signature)
+        manifest, _ = build_manifest(shards, tmp_path / signature / "manifest.json", processes=1, patience_s=2)
+        manifest.save()
+        states.append(replace(corpus, folder=tmp_path / signature).training(patience_s=2).initial_state())
+    states[0].check_resumable(states[1])
+
+
+def test_no_signature_is_told_with_what_is_wrong_with_a_shard(
+    server: ShardServer, corpus: Corpus, tokenizer_path: Path, tmp_path: Path
+):
+    def spoilt(_: int, sample: Members) -> Members:
+        return sample | {"jpg": b"junk"}
+
+    said: list[str] = []
+
+    def tell(action: Callable[[], object]) -> None:
+        with pytest.raises(DataError) as caught:
+            action()
+        said.append(str(caught.value))
+
+    bad = make_corpus(tmp_path, tokenizer_path, (20,), spoilt)
+    server.put("bad/0.tar", (tmp_path / "00000.tar").read_bytes())
+    url = f"{server.url}/bad/0.tar?signature=sesame"
+    manifest, _ = build_manifest([url], bad.manifest, processes=1, patience_s=2)
+    manifest.save()
+    data = bad.training(global_batch=4, lanes=1, patience_s=2)
+    tell(lambda: next(data.batches(data.initial_state())))
+    tell(lambda: next(bad.heldout(patience_s=2).batches(2)))
+    tell(lambda: BadSampleBudget(0, 0).add([BadSample(url, "a", "image cannot be decoded")], 1))
+    tell(lambda: count_from_stats([url], tmp_path / "m.json", patience_s=0.1))
+    (source,) = name_sources([str(bad.manifest)])
+    tell(lambda: replace(source, entry=replace(manifest.shards[0], indexed=7)).rows(source.open(ahead=True)))
+    moved = np.load(manifest.index_path(0))
+    np.save(manifest.index_path(0), moved + np.array([512, 512, 0]))
+    tell(lambda: ShardReader(manifest).read(0, 3))
+    tell(lambda: next(iter(Resharding((source,), tmp_path / "new", 9, 0)._read(np.arange(4)))))
+    manifest.index_path(0).unlink()
+    tell(lambda: ShardReader(manifest).read(0, 3))
+    assert all(f"{server.url}/bad/0.tar?..." in sentence and "sesame" not in sentence for sentence in said), said
