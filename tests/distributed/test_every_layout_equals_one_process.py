@@ -4,12 +4,16 @@ Losses to 1e-5 and gradient norms to 1e-4 over ten steps in fp32: one global bat
 of the architecture, clipping that bites.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
 from distributed.layouts import LAYOUTS
 from distributed.tiny import ARCHITECTURES, GLOBAL_NEGATIVES, assert_same_curve, engine_curve, plain_curve, tiny_config
 
 STEPS = 10
+README = Path(__file__).parents[2] / "README.md"
 RANKS = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 
 
@@ -27,6 +31,16 @@ def test_the_references_learn_and_are_clipped(references):
     for curve in references.values():
         assert sum(curve[-1][0]) < sum(curve[0][0])
         assert all(norm > tiny_config().optimizer.clip for _, norm in curve)
+
+
+def test_the_readme_lists_these_layouts():
+    rows = re.findall(r"^\| ((?:1 rank|[dtp]p \d)[^|]*) \| (\d) \| ([\d, ]+) \|$", README.read_text(), re.MULTILINE)
+    listed = {
+        (f"ZeRO-{stage}{', ' if 'rank' in name else ' x '}{name}", int(ranks))
+        for name, ranks, stages in rows
+        for stage in stages.split(", ")
+    }
+    assert listed == {(name, RANKS[ranks]) for name, (ranks, _) in LAYOUTS.items()}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -30,6 +30,8 @@ def test_a_command_exists_with_its_options(command):
     match program:
         case "make":
             subprocess.run(["make", "--dry-run", *arguments], check=True, capture_output=True)
+        case "python" if arguments[1:3] == ["launch", "plan"]:
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         case "python" if arguments[1] == "launch":
             subprocess.run([sys.executable, *arguments, "--dry-run"], check=True, capture_output=True)
         case "python":
@@ -44,7 +46,9 @@ def test_a_command_exists_with_its_options(command):
             subprocess.run(["bash", "-n", script], check=True)
             load_config(Path(config))
         case "torchrun":
-            assert arguments[arguments.index("-m") + 1 :][:2] == ["pretrain", "train"]
+            module, subcommand = arguments[arguments.index("-m") + 1 :][:2]
+            assert module == "pretrain"
+            assert subcommand in ("train", "doctor")
             load_config(Path(arguments[-1]))
         case "tensorboard":
             assert arguments == ["--logdir", "runs/demo"]
