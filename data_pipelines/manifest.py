@@ -19,6 +19,7 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import numpy as np
 
@@ -188,7 +189,8 @@ def normalised(path: Path) -> Path:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a temporary file and renames it to `path`: the file is there whole or not at all."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Tasks on several machines may write one file at the same time, and processes of two have the same numbers.
+    tmp = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)

@@ -14,7 +14,7 @@ from corpus import Corpus, caption, jpeg, make_corpus, member
 
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
-from data_pipelines.manifest import Manifest
+from data_pipelines.manifest import Manifest, write_atomically
 from data_pipelines.reader import ShardReader
 from data_pipelines.shards import write_shard
 from data_pipelines.storage import expand
@@ -238,6 +238,18 @@ def test_a_manifest_that_cannot_be_written_says_where(corpus: Corpus, tmp_path: 
     manifest = Manifest(tmp_path / "file" / "m.json", Manifest.load(corpus.manifest).shards)
     with pytest.raises(DataError, match=r"Cannot write .*m\.json \((Not a directory|File exists)\): name a"):
         manifest.save()
+
+
+def test_whoever_writes_a_file_while_another_does_leaves_the_others_alone(tmp_path: Path):
+    def slowly(tmp: Path) -> None:
+        tmp.write_text("first, ")
+        write_atomically(tmp_path / "m", lambda other: other.write_text("second"))  # as on another machine
+        with tmp.open("a") as file:
+            file.write("and whole")
+
+    write_atomically(tmp_path / "m", slowly)
+    assert (tmp_path / "m").read_text() == "first, and whole"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_shard_whose_name_is_no_text_can_be_told_from_others(corpus: Corpus):
