@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
@@ -282,6 +283,15 @@ def test_bits_of_another_manifest_are_refused_with_the_fix(tmp_path: Path):
     np.save(tmp_path / "m.keep.npy", ~bits)
     with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write it again"):
         Manifest.load(tmp_path / "m.json")
+
+
+def test_a_worker_that_starts_after_the_manifest_was_filtered_anew_reads_nothing_else(tmp_path: Path):
+    before, _ = index(tmp_path, MIXED, min_size=40)
+    to_worker = pickle.dumps(before)
+    assert keys(pickle.loads(to_worker)) == "bdef"
+    index(tmp_path, caption_characters=(2, 29))  # keeps as many
+    with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write it again"):
+        pickle.loads(to_worker)
 
 
 def test_training_on_a_filtered_manifest_reads_only_what_is_kept(tmp_path: Path, tokenizer_path: Path):
