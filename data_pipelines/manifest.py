@@ -53,7 +53,9 @@ class Manifest:
     kept_bits: np.ndarray | None = field(default=None, compare=False)  # uint8: each shard's samples as whole bytes
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.path, self.shards, self.counts, self._keep_digest)  # bits stay in their file
+        if self.kept_bits is not None:  # they stay in their file, which may be another by now
+            _load_keep(self.path, self._keep_digest)
+        return _reopen, (self.path, self.shards, self.counts, self.kept_bits is not None)
 
     @cached_property
     def hash(self) -> str:
@@ -145,8 +147,8 @@ class Manifest:
         return row | {name: value for name in ("version", "sha256") if (value := getattr(shard, name))}
 
 
-def _reopen(path: Path, shards: tuple[Shard, ...], counts: Literal["headers", "stats"], keep: str) -> Manifest:
-    return Manifest(path, shards, counts, _load_keep(path, keep) if keep else None)
+def _reopen(path: Path, shards: tuple[Shard, ...], counts: Literal["headers", "stats"], has_keep: bool) -> Manifest:
+    return Manifest(path, shards, counts, np.load(keep_path(path), mmap_mode="r") if has_keep else None)
 
 
 def rows_kept(bits: np.ndarray, indexed: int) -> np.ndarray:
