@@ -90,7 +90,7 @@ class DataConfig(Section):
 
     grain: int = Field(16, ge=1)
     """Consecutive samples that always travel together. Fixed for the life of a run; it divides the
-    micro-batch per rank, and a matching pool divides it."""
+    micro-batch per rank; a matching pool divides it, or is a multiple of it."""
 
     lanes: int | None = Field(default=None, ge=1)
     """Parallel lanes the epoch is cut into; by default as many, of 960 and its divisors, as lose at most

@@ -26,6 +26,8 @@ def check_same_run(run: dict[str, Any], config: Config, tokenizer: str, where: s
     for name, section in here["objectives"].items():  # a head more or less is another model
         state = {True: "on", False: "off"}
         pairs.append((f"objectives.{name}", state[bool(saved["objectives"].get(name))], state[bool(section)]))
+    loss = [tree["objectives"]["contrastive"].get("loss", "softmax") for tree in (saved, here)]
+    pairs.append(("objectives.contrastive.loss", *loss))  # its bias is a parameter
     for key, old, new in pairs:
         if old != new:
             raise CheckpointError(

@@ -15,8 +15,8 @@ OBJECTIVES: tuple[str, ...] = ("contrastive", "matching", "masked_lm")  # order 
 class Flow(NamedTuple):
     """A fixed tuple of tensors. Masks and ids are int64, so that a pipeline sends them without a gradient."""
 
-    image: Tensor  # (B, 3, H, W) uint8 pixels, then (B, P, D) tokens; after alignment (2B, P, D) where the negatives'
-    # images are fetched from other ranks
+    image: Tensor  # (B, 3, H, W) uint8 pixels, then (B, P, D) tokens; after alignment (2B, P, D) if negatives' images
+    # come from other ranks
     text: Tensor  # (R, L) int64 ids, then (R, L, D) tokens; R is 2B ([clean; masked]), after alignment up to 4B
     text_mask: Tensor  # (R, L) int64: 1 where there is a token, 0 where padding
     image_rows: Tensor  # (R,) int64: the image each text row looks at
@@ -30,10 +30,8 @@ class Flow(NamedTuple):
     counts: Tensor  # (3, 2) int64: right answers and questions, in the order of OBJECTIVES
     image_pull: Tensor  # (B, E) float32: gradient of the global batch's contrastive loss with regard to each embedding,
     text_pull: Tensor  # where a first pass has found it out; else (0,)
-    pulled: (
-        Tensor  # (4,) float32: that loss, rows right, rows asked, gradient with regard to log_scale; with the sigmoid
-    )
-    # loss (5,), the last with regard to the bias; else (0,)
+    pulled: Tensor  # (4,) or (5,) float32: that loss, rows right, rows asked, gradient with regard to log_scale, and
+    # that of the sigmoid loss to its bias; else (0,)
     image_embeddings: Tensor  # (B, E) float32, unit length, detached; filled in by the align layer
     text_embeddings: Tensor  # (B, E)
     log_scale: Tensor  # (1,) logarithm of the inverse temperature, detached; filled in by the align layer
