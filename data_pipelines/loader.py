@@ -71,6 +71,9 @@ class TrainingData:
         self._config = config
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.sources = _open_sources(config, seed)
+        changes = (source.config.weight for source in self.sources if isinstance(source.config.weight, dict))
+        for step in sorted({0}.union(*changes)):
+            self._shares(step)  # raises now what would otherwise end the run there
         self._seed = seed
         self._grains_per_step = global_batch // config.grain
         self._accumulation = accumulation
