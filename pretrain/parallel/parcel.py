@@ -92,7 +92,7 @@ class _Unpack(Function):
     def forward(ctx, parcel: Tensor, pieces: list[Piece]) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inside = sum(_length(piece, parcel.dtype) for piece in pieces)
         ctx.before, ctx.carrier = len(parcel) - inside, parcel.dtype
-        tensors = tuple(tensor.clone() for tensor in _cut(parcel, ctx.before, pieces))
+        tensors = tuple(_cut(parcel, ctx.before, pieces))
         ctx.mark_non_differentiable(*(tensor for tensor in tensors if not tensor.is_floating_point()))
         return tensors
 
