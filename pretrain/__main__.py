@@ -34,7 +34,7 @@ def main() -> None:
 
     doctor = commands.add_parser(
         "doctor",
-        help="compare a config's layout with one process, and measure ranks and links; start it as `train`",
+        help="compare a config's layout with one process, and measure ranks and links; start it with torchrun",
         description="Trains a small copy of the config on made-up samples, as the config lays it out and in one "
         "process, compares losses and gradient norms, and measures links and processors. Exits with 7 on a difference.",
     )

@@ -117,6 +117,7 @@ def compare(config: Config, mesh: Mesh) -> list[Comparison]:
 
     The layout runs in fp32 whatever the config says, and in bf16 too if the config trains in it.
     """
+    torch.set_float32_matmul_precision("highest")  # some containers start with TF32, which has 10 bits
     copy = shrink(config, mesh.dp.size)
     everyone = mesh.world.gather_objects
     alone = everyone(curve_alone(copy, mesh.device))

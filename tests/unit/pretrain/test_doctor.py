@@ -1,4 +1,4 @@
-"""What the doctor makes of a config, of curves and of speeds; tests/e2e/test_doctor.py runs it."""
+"""What the doctor makes of a config, of curves and of speeds; tests/e2e/test_doctor_command.py runs it."""
 
 import math
 

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from distributed.tiny import mesh_of, tiny_config
 from e2e.conftest import run
+from pretrain.doctor import compare
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"  # its data are not there, and not needed
 
@@ -63,6 +66,30 @@ def test_a_tensor_parallel_layout_too_and_in_bf16():
     assert re.search(r"bf16( +\d\S+){4} +1e-01", result.out)
     assert "tp, 2 ranks: all-reduce" in result.out
     assert "Matrix products in bfloat16" in result.out
+
+
+def compared(mesh, config):
+    torch.set_float32_matmul_precision("medium")  # as an environment may
+    comparisons = compare(config, mesh_of(mesh, config))
+    return comparisons, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine__pipeline_parallel": 2, "engine__zero_stage": 1, "training__accumulation": 4},
+        {"objectives__contrastive__negatives": "global_batch", "engine__offload": "cpu"},
+        {"objectives__matching__pool": 16, "objectives__contrastive__loss": "sigmoid", "engine__precision": "bf16"},
+    ],
+)
+def test_what_the_layout_does_not_change_is_found_equal(two_ranks, changes):
+    for comparisons, precision in two_ranks.run(compared, tiny_config(**changes)):
+        assert precision == "highest"
+        assert [comparison.problem(["here"] * 2) for comparison in comparisons] == [None] * len(comparisons)
+        by_name = {comparison.name: max(comparison.largest().values()) for comparison in comparisons}
+        assert set(by_name) == {"rank alone", "fp32"} | ({"bf16"} if "engine__precision" in changes else set())
+        assert by_name["fp32"] < 1e-5
+        assert 1e-4 < by_name.get("bf16", 1e-3) < 0.1  # it ran in bf16
 
 
 def test_one_process_needs_no_launcher():
