@@ -474,8 +474,8 @@ def _overrides(plan: Plan) -> str:
 def _assumption_lines() -> list[str]:
     return [
         "Taken for granted, with sources in launch/hardware.py:",
-        f"computing at {COMPUTE_EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, {LATENCY_S * 1e6:g} us for "
-        f"each message and doubling of ranks,",
+        f"computing at {COMPUTE_EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, "
+        f"{LATENCY_S * 1e6:g} us for each message and doubling of ranks,",
         f"overlapped transfers hidden behind {OVERLAP:.0%} of the computing, {RESERVED_GIB} GiB of a GPU kept free.",
         "docs/planning.md derives the rest. Tests hold memory and bytes against measurements; times are not measured.",
     ]

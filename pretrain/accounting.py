@@ -73,9 +73,9 @@ class LayerCost:
     shards_entered: float = 0
     """Elements a sample that tensor-parallel ranks sum in the backward pass, ..."""
     shards_left: float = 0
-    """... and in the forward pass (and again where it is computed again)."""
-    recomputable: bool = False
-    """A block: what `engine.activation_checkpointing` computes again."""
+    """... and in the forward pass (and, but for those behind the last matrix, where it is computed again)."""
+    recomputed_flops: float = 0
+    """Of a block, what `engine.activation_checkpointing` computes again: all but the last matrix."""
 
     @cached_property
     def parameters(self) -> int:
@@ -300,7 +300,7 @@ def _block(
         *_linear(f"{name}.mlp.down", 4 * width, width, "row"),
     )
     footprint = Footprint(values, whole, shared, work_whole=values, work_shared=4 * values)
-    return LayerCost(name, weights, flops, footprint, entered, left, recomputable=True)
+    return LayerCost(name, weights, flops, footprint, entered, left, sum(flops.values()) - 8.0 * values * width)
 
 
 def _norm(name: str, width: int) -> tuple[Weight, ...]:
@@ -381,7 +381,7 @@ def _moments(
     in_flight = min(layout.pipeline_parallel - stage, layout.micro_steps)
     kept = [B * cost.footprint.kept(width, tp) for cost in costs]
     stay = [
-        B * width * cost.footprint.input if recompute and cost.recomputable else full
+        B * width * cost.footprint.input if recompute and cost.recomputed_flops else full
         for cost, full in zip(costs, kept, strict=True)
     ]
     pixels = 3 * config.model.image.size**2 * B * layout.micro_steps  # uint8, of all micro-steps
@@ -394,6 +394,7 @@ def _moments(
     activations += (in_flight - 1) * sum(stay) + pixels
 
     stage_1_in_bf16 = engine.zero_stage == 1 and width == 2 and on_device
+    piped = layout.pipeline_parallel > 1
     bucket = width * REDUCE_BUCKET
     reduced = width * min(n, REDUCE_BUCKET)  # a copy of what is in the bucket
     match engine.zero_stage:
@@ -415,21 +416,31 @@ def _moments(
             return {
                 "backward pass": held | {"gradients": width * n, "activations": activations, "buffers": bucket},
                 "reduction": held
-                | {"gradients": width * (n + share), "activations": pixels, "buffers": bucket + reduced},
+                | {
+                    "gradients": width * max(share, n if piped else 0),
+                    "activations": pixels,
+                    "buffers": bucket * (2 if piped else 1) + (reduced if dp > 1 else 0),
+                },
                 "update": held | {"gradients": (4 + width) * share, "working space": update * share * on_device},
             }
         case 2:
-            held = {"weights": width * n, "gradients": 4 * share, "optimizer": 12 * share * on_device}
+            held = {"weights": width * n, "optimizer": 12 * share * on_device}
+            gradients = {"gradients": 4 * share}  # in fp32 the first ones stay in the bucket
+            earlier = gradients if width == 2 or layout.micro_steps > 1 else {}
             buffers = bucket * (2 if gpu else 1)
             return {
-                "backward pass": held | {"activations": activations, "buffers": buffers},
-                "reduction": held | {"activations": pixels, "buffers": buffers + reduced},
-                "update": held | {"activations": pixels, "working space": (4 + update) * share * on_device},
+                "backward pass": held | earlier | {"activations": activations, "buffers": buffers},
+                "reduction": held | gradients | {"activations": pixels, "buffers": buffers + reduced},
+                "update": held | gradients | {"activations": pixels, "working space": (4 + update) * share * on_device},
             }
         case 3:
             small = sum(size for size in sizes if size < PERSISTENT)
             largest = max(sum(weight.elements(tp) for weight in cost.weights) for cost in costs)
             gathered = width * min(n - small, REUSE / 2 + PREFETCH + largest)
+            # What one fetch brings stays in its buffer until the last of it is used, besides being weights.
+            fetched, fetched_again = (
+                width * min(elements, PREFETCH) for elements in (n - small, _released(config, n - small))
+            )
             held = {
                 "weights": width * (share + small),
                 "gradients": 4 * share * on_device,
@@ -437,8 +448,15 @@ def _moments(
                 "buffers": bucket,
             }
             part = min(share, SUB_GROUP) * on_device
+            # A block without a graph holds about half of what it else keeps.
+            running = max(full - less for full, less in zip(kept, stay, strict=True)) / 2
             return {
-                "backward pass": held | {"activations": activations, "gathered weights": gathered},
+                "forward pass": held
+                | {
+                    "activations": sum(stay) + running + pixels,
+                    "gathered weights": gathered + fetched,
+                },
+                "backward pass": held | {"activations": activations, "gathered weights": gathered + fetched_again},
                 "reduction": held | {"activations": pixels, "gathered weights": gathered, "buffers": bucket + reduced},
                 "update": held | {"activations": pixels, "working space": (4 + update) * part},
             }
@@ -495,12 +513,12 @@ def transfers(
     B, steps = layout.micro_batch, layout.micro_steps
     if layout.tensor_parallel > 1:
         twice = config.engine.activation_checkpointing
-        elements = sum(
-            cost.shards_entered + cost.shards_left * (2 if twice and cost.recomputable else 1) for cost in costs
-        )
+        elements = sum(cost.shards_entered + cost.shards_left for cost in costs)
+        if twice:
+            elements += sum(cost.shards_left - cost.footprint.input for cost in costs if cost.recomputed_flops)
         towers = sum(cost.shards_left for cost in _towers(costs)) if _two_passes(config) else 0
         size = value_bytes(config, gpu) * B * steps * (elements + towers)
-        messages = steps * sum(4 + 2 * twice for cost in costs if cost.recomputable)
+        messages = steps * sum(4 + twice for cost in costs if cost.recomputed_flops)
         found.append(Transfer("activations of cut matrices", "all-reduce", "tp", size, messages))
         if costs[-1].name == "masked_lm_head":
             size = 20 * B * steps * masked_slots(config)  # two sums and a maximum in fp32, one of int64
@@ -533,9 +551,7 @@ def _weight_transfers(config: Config, costs: Sequence[LayerCost], layout: Layout
         case 3:
             small = sum(size for size in sizes if size < PERSISTENT)
             cut = n - small
-            # Between a use in the forward pass and the next lie twice the weights behind it, or three times.
-            released = max(cut - REUSE / (3 if config.engine.activation_checkpointing else 2), 0)
-            gathered = cut + released
+            gathered = cut + _released(config, cut)
             if _two_passes(config):
                 gathered += sum(weight.elements(layout.tensor_parallel) for c in _towers(costs) for weight in c.weights)
             fetches = math.ceil(gathered / PREFETCH)
@@ -545,6 +561,14 @@ def _weight_transfers(config: Config, costs: Sequence[LayerCost], layout: Layout
                 Transfer("updated small weights", "all-gather", "dp", width * small, 1),
             ]
     raise AssertionError("config allows no other stage")
+
+
+def _released(config: Config, elements: int) -> float:
+    """Elements that stage 3 gathers again for the backward pass: those whose next use is too far off to wait for.
+
+    Between a use in the forward pass and the next lie twice the weights behind it, or, computed again, three times.
+    """
+    return max(elements - REUSE / (3 if config.engine.activation_checkpointing else 2), 0)
 
 
 def _align_transfers(config: Config, layout: Layout, gpu: bool) -> list[Transfer]:
@@ -566,7 +590,7 @@ def _align_transfers(config: Config, layout: Layout, gpu: bool) -> list[Transfer
         tokens = B * (model.image.num_patches * model.image.width + model.text.length * model.text.width)
         size = steps * (2 * value_bytes(config, gpu) * tokens + 8 * B * model.text.length)
         found += [
-            Transfer("embeddings to mine", "all-gather", "dp", steps * micro * (2 * 4 * E + 24), 5 * steps),
+            Transfer("embeddings to mine", "all-gather", "dp", steps * micro * (2 * 4 * E + 40), 7 * steps),
             Transfer("tokens of negatives", "all-to-all", "dp", size, 5 * steps),
         ]
     return found
@@ -592,9 +616,9 @@ def parcel(config: Config, costs: Sequence[LayerCost], border: int, gpu: bool = 
 
 
 def step_flops(config: Config, costs: Sequence[LayerCost]) -> float:
-    """FLOPs a sample that a training step executes: a backward pass costs two forward passes, recomputing another."""
+    """FLOPs a sample that a training step executes: a backward pass costs two forward passes, and what it computes again."""
     again = config.engine.activation_checkpointing
-    flops = sum(cost.forward_flops * (4 if again and cost.recomputable else 3) for cost in costs)
+    flops = sum(3 * cost.forward_flops + (cost.recomputed_flops if again else 0) for cost in costs)
     return flops + (sum(cost.forward_flops for cost in _towers(costs)) if _two_passes(config) else 0)
 
 

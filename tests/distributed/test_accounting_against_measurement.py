@@ -1,0 +1,256 @@
+"""What accounting predicts against what ranks really hold and send: fp32 on gloo, tensors that dominate.
+
+Memory is what torch's CPU allocator hands out and takes back, from the building of the engine on.
+"""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.comm import comm
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from distributed.tiny import TinyBatch, mesh_of, tiny_config
+from pretrain.accounting import (
+    REDUCE_BUCKET,
+    Transfer,
+    layers,
+    layout_of,
+    masked_slots,
+    memory,
+    parcel,
+    stages,
+    transfers,
+)
+from pretrain.parallel.build import build_engine
+
+VOCABULARY = 2000
+SIZES = {
+    "model__image": {"size": 64, "patch": 8, "width": 256, "depth": 4, "heads": 4},
+    "model__text": {"length": 24, "width": 192, "depth": 2, "heads": 4},
+    "model__fusion": {"depth": 2, "heads": 4},
+    "model__embed": 64,
+}
+
+
+def batch_of(config, B: int, first: int) -> TinyBatch:
+    """Samples of no meaning, of the config's sizes."""
+    side, L, K = config.model.image.size, config.model.text.length, masked_slots(config)
+    text = torch.randint(5, VOCABULARY, (B, L))
+    positions = torch.arange(first, first + B)
+    return TinyBatch(
+        {
+            "images": torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8),
+            "text": text,
+            "masked_text": text,
+            "masked_positions": torch.arange(1, K + 1).repeat(B, 1),
+            "masked_targets": text[:, 1 : K + 1].clone(),
+            "positions": positions,
+            "image_ids": positions,
+            "caption_ids": positions,
+        }
+    )
+
+
+def start(mesh, config):
+    """An engine and the micro-batches of this rank's first step; DeepSpeed asks for a process group before."""
+    mesh = mesh_of(mesh, config)
+    layout = layout_of(config, mesh.world.size)
+    B, share = layout.micro_batch, config.training.global_batch // config.training.accumulation
+    engine = build_engine(config, mesh, vocabulary=VOCABULARY, pad_id=0, micro_batch_per_rank=B)
+    return engine, [batch_of(config, B, a * share + mesh.dp.rank * B) for a in range(layout.micro_steps)]
+
+
+@contextmanager
+def replaced_collectives(wrap: Any) -> Iterator[None]:
+    """Has every collective go through `wrap(name, function)`, those included that DeepSpeed took up when it began."""
+    deepspeed.init_distributed(verbose=False)
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "batch_isend_irecv")
+    places = [(dist, name, name) for name in names]
+    places += [(comm.cdb, "all_gather_function", names[1]), (comm.cdb, "reduce_scatter_function", names[2])]
+    real = [getattr(owner, attribute) for owner, attribute, _ in places]
+    try:
+        for (owner, attribute, name), function in zip(places, real, strict=True):
+            setattr(owner, attribute, wrap(name, function))
+        yield
+    finally:
+        for (owner, attribute, _), function in zip(places, real, strict=True):
+            setattr(owner, attribute, function)
+
+
+def on_foreign_memory(name, function):
+    """gloo lets go of tensors on a thread of its own, which the profiler does not watch: it gets NumPy's instead."""
+    if name == "batch_isend_irecv":
+        return function
+
+    def call(*arguments, async_op=False, **named):
+        given = [*arguments, *named.values()]
+        copies = [torch.from_numpy(v.detach().numpy().copy()) if isinstance(v, torch.Tensor) else v for v in given]
+        named = dict(zip(named, copies[len(arguments) :], strict=True))
+        work = function(*copies[: len(arguments)], async_op=async_op, **named)
+        if work is not None:
+            work.wait()
+        given[0].copy_(copies[0])
+        return work
+
+    return call
+
+
+def peak_bytes(mesh, config) -> float:
+    """The most bytes in tensors during a second step."""
+    with (
+        replaced_collectives(on_foreign_memory),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
+        engine, batches = start(mesh, config)
+        engine.step(batches, 1e-4)
+        gc.collect()
+        with record_function("second step"):
+            engine.step(batches, 1e-4)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    begin = next(event.start_ns() for event in events if event.name() == "second step")
+    held, peak = 0, 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held if event.start_ns() >= begin else 0)
+    return peak
+
+
+CHECKPOINTING = {"engine__activation_checkpointing": True}
+TP = {"engine__tensor_parallel": 2}
+LAYOUTS = [
+    *[{"engine__zero_stage": stage} for stage in (0, 1, 2)],
+    {"engine__zero_stage": 0} | CHECKPOINTING,
+    {"engine__zero_stage": 0} | TP,
+    # One micro-step: in the next one, garbage of the first is there or not, as Python collects it or not.
+    *[{"engine__zero_stage": 3, "training__accumulation": 1} | more for more in ({}, CHECKPOINTING, TP)],
+    {"engine__zero_stage": 1} | TP | CHECKPOINTING,
+    {"engine__zero_stage": 2, "training__accumulation": 1, "training__global_batch": 8},
+    {"engine__zero_stage": 0, "training__accumulation": 1, "objectives__masked_lm": None},
+    *[{"engine__zero_stage": stage, "engine__pipeline_parallel": 2} for stage in (0, 1)],
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS, ids=str)
+def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
+    config = tiny_config(**SIZES | {"training__global_batch": 32} | changes)
+    layout, costs = layout_of(config, 2), layers(config, VOCABULARY)
+    measured = two_ranks.run(peak_bytes, config)
+    for rank, bytes_held in enumerate(measured):
+        stage = rank if layout.pipeline_parallel > 1 else 0
+        cut = stages(config, VOCABULARY, layout.pipeline_parallel)[stage]
+        predicted = memory(config, costs[cut.start : cut.stop], layout, stage, gpu=False)
+        # DeepSpeed's bucket of 2 GB would hide whatever else is wrong.
+        buckets = predicted.items.get("buffers", 0) // (4 * REDUCE_BUCKET) * 4 * REDUCE_BUCKET
+        assert predicted.total - buckets == pytest.approx(bytes_held - buckets, rel=0.1), predicted
+
+
+def log_of_deepspeed(mesh, config) -> dict[str, float]:
+    """Bytes of a second step by kind, as DeepSpeed's own communication logger adds them up."""
+    engine, batches = start(mesh, config)
+    engine.step(batches, 1e-4)
+    comm.configure(enabled=True, prof_all=True, verbose=False)
+    comm.comms_logger.comms_dict = {}
+    try:
+        engine.step(batches, 1e-4)
+    finally:
+        comm.configure(enabled=False)
+    kinds = {
+        "all_reduce": "all-reduce",
+        "all_gather_into_tensor": "all-gather",
+        "reduce_scatter_tensor": "reduce-scatter",
+    }
+    sums: Counter[str] = Counter()
+    for name, by_size in comm.comms_logger.comms_dict.items():
+        kind = next((kind for start, kind in kinds.items() if name.startswith(start)), name)
+        for size, (count, *_) in by_size.items():
+            # It counts what a rank puts into an all-gather; we count what comes out.
+            sums[kind] += size * count * (mesh.world.size if kind == "all-gather" else 1)
+    return dict(sums)
+
+
+def by_kind(found: list[Transfer]) -> dict[str, float]:
+    sums: Counter[str] = Counter()
+    for transfer in found:
+        sums[transfer.kind] += transfer.size
+    return dict(sums)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_zero_exchanges_the_bytes_that_deepspeeds_own_log_shows(two_ranks, stage, checkpointing):
+    config = tiny_config(**SIZES, engine__zero_stage=stage, engine__activation_checkpointing=checkpointing)
+    layout = layout_of(config, 2)
+    found = transfers(config, layers(config, VOCABULARY), layout, gpu=False)
+    predicted = by_kind([transfer for transfer in found if "weights" in transfer.what or transfer.what == "gradients"])
+    for measured in two_ranks.run(log_of_deepspeed, config):
+        assert {kind: measured[kind] for kind in predicted} == pytest.approx(predicted, rel=0.05)
+        assert sum(measured.values()) == pytest.approx(sum(predicted.values()), rel=0.05)
+
+
+def sent(mesh, config) -> dict[tuple[str, str], float]:
+    """Bytes of a step by kind and axis, counted where torch.distributed is called."""
+    axes = mesh_of(mesh, config)
+    names = {id(axis.group): name for name, axis in (("dp", axes.dp), ("tp", axes.tp), ("pp", axes.pp)) if axis.group}
+    sums: Counter[tuple[str, str]] = Counter()
+
+    def count(name, function):
+        def call(*arguments, **named):
+            tensors = [v for v in (*arguments, *named.values()) if isinstance(v, torch.Tensor)]
+            if name == "batch_isend_irecv":
+                out = [operation for operation in arguments[0] if operation.op is dist.isend]
+                for operation in out:
+                    sums["point-to-point", names[id(operation.group)]] += operation.tensor.nbytes
+            else:
+                kinds = {
+                    "all_reduce": ("all-reduce", 0),
+                    "all_gather_into_tensor": ("all-gather", 0),
+                    "reduce_scatter_tensor": ("reduce-scatter", 1),
+                    "all_to_all_single": ("all-to-all", 1),
+                }
+                kind, which = kinds[name]
+                sums[kind, names.get(id(named.get("group")), "dp")] += tensors[which].nbytes
+            return function(*arguments, **named)
+
+        return call
+
+    engine, batches = start(mesh, config)
+    engine.step(batches, 1e-4)
+    with replaced_collectives(count):
+        engine.step(batches, 1e-4)
+    return dict(sums)
+
+
+WAYS = [
+    TP,
+    TP | CHECKPOINTING,
+    {"objectives__contrastive": {"loss": "sigmoid"}},
+    {"objectives__contrastive": {"negatives": "global_batch"}} | TP,
+    {"objectives__matching": {"pool": 32}},
+    {"engine__pipeline_parallel": 2},
+    {"engine__pipeline_parallel": 2} | TP,
+]
+
+
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
+    config = tiny_config(**SIZES | {"engine__zero_stage": 0, "training__global_batch": 64} | changes)
+    layout, costs = layout_of(config, 4), layers(config, VOCABULARY)
+    measured: Counter[tuple[str, str]] = Counter()
+    for one in four_ranks.run(sent, config):
+        measured.update(one)
+    cuts = stages(config, VOCABULARY, layout.pipeline_parallel)
+    predicted: Counter[tuple[str, str]] = Counter()
+    for cut in cuts:
+        borders = parcel(config, costs, cut.start, gpu=False), parcel(config, costs, cut.stop, gpu=False)
+        for transfer in transfers(config, costs[cut.start : cut.stop], layout, borders, gpu=False):
+            predicted[transfer.kind, transfer.axis] += transfer.size * 4 / len(cuts)
+    assert {key: measured[key] for key in predicted} == pytest.approx(dict(predicted), rel=0.05)
+    assert sum(measured.values()) == pytest.approx(sum(predicted.values()), rel=0.05)
