@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from corpus import Corpus, Members, make_corpus
+from corpus import Corpus, Members, caption, make_corpus
 from http_server import Fault, ShardServer
 
 from data_pipelines.batch import BadSample
@@ -18,7 +18,8 @@ from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest, count_from_stats
 from data_pipelines.loader import TrainingData
-from data_pipelines.reader import ShardReader
+from data_pipelines.manifest import Manifest
+from data_pipelines.reader import REMOTE_READS, ShardReader, iter_captions
 from data_pipelines.reshard import Resharding
 from data_pipelines.sources import name_sources
 
@@ -156,6 +157,15 @@ def test_a_server_that_stays_away_stops_the_run_with_one_sentence(remote: Corpus
     assert "\n" not in message
     assert "cannot be read at byte" in message
     assert "data.patience_s" in message
+
+
+def test_captions_for_a_tokenizer_are_read_many_at_a_time(remote: Corpus, corpus: Corpus, server: ShardServer):
+    server.delay_s, server.most_at_once = 0.02, 0
+    try:
+        assert list(iter_captions(Manifest.load(remote.manifest))) == [caption(number) for number in range(164)]
+    finally:
+        server.delay_s = 0
+    assert server.most_at_once > REMOTE_READS / 2
 
 
 def signed(server: ShardServer, corpus: Corpus, signature: str) -> list[str]:
