@@ -18,11 +18,11 @@ from pretrain.accounting import (
     Layout,
     Memory,
     Transfer,
+    cut_evenly,
     layers,
     layout_of,
     memory,
     parcel,
-    stages,
     step_flops,
     transfers,
 )
@@ -63,10 +63,8 @@ class Plan:
     layout: Layout
     memory: Memory
     """Of the fullest rank."""
-    plain_activations: float
-    """Bytes that activations take without checkpointing, ..."""
-    checkpointed_activations: float
-    """... and with it."""
+    parts: list[list[LayerCost]]
+    """The layers of each pipeline stage."""
     model_flops: float
     """FLOPs a sample without what is computed again: 3 forward passes."""
     compute_s: float
@@ -93,6 +91,12 @@ class Plan:
     @property
     def memory_gib(self) -> float:
         return self.memory.total / GIB
+
+    def activations(self, checkpointing: bool) -> float:
+        """Bytes that they take on the fullest rank."""
+        config = _with_engine(self.config, activation_checkpointing=checkpointing)
+        held = [memory(config, part, self.layout, number) for number, part in enumerate(self.parts)]
+        return max(each.items.get("activations", 0) for each in held)
 
     @property
     def fits(self) -> bool:
@@ -124,12 +128,11 @@ def objection(config: Config, cluster: Cluster) -> str | None:
     return None
 
 
-def make_plan(config: Config, cluster: Cluster, vocabulary: int) -> Plan:
-    """Predicts a run that `objection` has nothing against."""
-    costs = layers(config, vocabulary)
+def make_plan(config: Config, cluster: Cluster, costs: Sequence[LayerCost]) -> Plan:
+    """Predicts a run that `objection` has nothing against, of a model of the layers `costs`."""
     layout = layout_of(config, cluster.world)
-    cuts = stages(config, vocabulary, layout.pipeline_parallel)
-    parts = [costs[cut.start : cut.stop] for cut in cuts]
+    cuts = cut_evenly(tuple(cost.forward_flops for cost in costs), layout.pipeline_parallel)
+    parts = [list(costs[cut.start : cut.stop]) for cut in cuts]
     borders = [(parcel(config, costs, cut.start), parcel(config, costs, cut.stop)) for cut in cuts]
 
     gpu = cluster.gpu
@@ -144,22 +147,12 @@ def make_plan(config: Config, cluster: Cluster, vocabulary: int) -> Plan:
         timed.append((inside_s, compute_s, exchanges))
     inside_s, compute_s, exchanges = max(timed, key=lambda stage: stage[0])  # the others wait for it
     memories = [memory(config, part, layout, number) for number, part in enumerate(parts)]
-    plain, recomputed = (
-        max(
-            memory(_with_engine(config, activation_checkpointing=again), part, layout, number).items.get(
-                "activations", 0
-            )
-            for number, part in enumerate(parts)
-        )
-        for again in (False, True)
-    )
     return Plan(
         config=config,
         cluster=cluster,
         layout=layout,
         memory=max(memories, key=lambda held: held.total),
-        plain_activations=plain,
-        checkpointed_activations=recomputed,
+        parts=parts,
         model_flops=3 * sum(cost.forward_flops for cost in costs),
         compute_s=compute_s,
         bubble_s=inside_s * (layout.pipeline_parallel - 1) / layout.micro_steps,
@@ -202,12 +195,16 @@ def best_layouts(config: Config, cluster: Cluster, vocabulary: int, count: int =
 
     The global batch stays. Accumulation stays too, unless negatives are the global batch's and it changes nothing.
     """
-    plans = []
+    costs = layers(config, vocabulary)  # of all candidates: what they contrast does not change
+    plans: dict[str, Plan] = {}
     for candidate in _candidates(config, cluster):
-        plan = make_plan(candidate, cluster, vocabulary)
-        if plan.fits:
-            plans.append(plan)
-    return sorted(plans, key=lambda plan: (plan.step_s, plan.memory_gib))[:count]
+        engine = str(candidate.engine)
+        if engine in plans and candidate.engine.pipeline_parallel == 1:
+            continue  # more micro-steps than fit would only take longer
+        plan = make_plan(candidate, cluster, costs)
+        if plan.fits and (engine not in plans or plan.step_s < plans[engine].step_s):
+            plans[engine] = plan
+    return sorted(plans.values(), key=lambda plan: (plan.step_s, plan.memory_gib))[:count]
 
 
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
@@ -270,7 +267,7 @@ def run_plan(
     config = load_config(path or _of_run(run, "config.yaml"), overrides)
     pieces, counted_from = count_pieces(config.data.tokenizer, vocabulary)
     reason = objection(config, cluster)
-    plan = None if reason else make_plan(config, cluster, pieces)
+    plan = None if reason else make_plan(config, cluster, layers(config, pieces))
     if plan and not plan.fits:
         room = cluster.gpu.memory_gib - RESERVED_GIB
         reason = (
@@ -385,8 +382,8 @@ def _layout_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [[name, f"{size / GIB:.2f}"] for name, size in plan.memory.items.items()]
     rows += [["in all", f"{plan.memory_gib:.2f}"]]
-    rows += [["activations without checkpointing", f"{plan.plain_activations / GIB:.2f}"]]
-    rows += [["activations with checkpointing", f"{plan.checkpointed_activations / GIB:.2f}"]]
+    rows += [["activations without checkpointing", f"{plan.activations(checkpointing=False) / GIB:.2f}"]]
+    rows += [["activations with checkpointing", f"{plan.activations(checkpointing=True) / GIB:.2f}"]]
     return _table([f"memory of a GPU, {plan.memory.moment}", "GiB"], rows)
 
 
@@ -522,8 +519,8 @@ def summary(
             "memory_moment": plan.memory.moment,
             "memory_bytes": dict(plan.memory.items) | {"in all": plan.memory.total},
             "activation_bytes": {
-                "without checkpointing": plan.plain_activations,
-                "with checkpointing": plan.checkpointed_activations,
+                "without checkpointing": plan.activations(checkpointing=False),
+                "with checkpointing": plan.activations(checkpointing=True),
             },
             "flops_per_sample": plan.model_flops,
             "exchanges": [

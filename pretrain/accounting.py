@@ -7,7 +7,7 @@ contrastive loss compares. A FLOP is an addition or a multiplication: matrices (
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from pretrain.config import Config
 
@@ -30,9 +30,12 @@ class Weight:
 
     def elements(self, tensor_parallel: int = 1) -> int:
         """Elements on the first of `tensor_parallel` ranks, which holds no less than any other."""
-        return math.prod(
-            -(-size // tensor_parallel) if dim == self.cut else size for dim, size in enumerate(self.shape)
-        )
+        return _elements(self.shape, self.cut, tensor_parallel)
+
+
+@cache
+def _elements(shape: tuple[int, ...], cut: int | None, tensor_parallel: int) -> int:
+    return math.prod(-(-size // tensor_parallel) if dim == cut else size for dim, size in enumerate(shape))
 
 
 @dataclass(frozen=True)
@@ -200,10 +203,11 @@ def stages(config: Config, vocabulary: int, num_stages: int) -> list[range]:
     The most forward FLOPs that any stage has are as few as they can be; among such cuts later stages are the fuller
     ones, since earlier ones keep the activations of more micro-batches.
     """
-    return cut_evenly([layer.forward_flops for layer in layers(config, vocabulary)], num_stages)
+    return cut_evenly(tuple(layer.forward_flops for layer in layers(config, vocabulary)), num_stages)
 
 
-def cut_evenly(costs: Sequence[float], num_parts: int) -> list[range]:
+@cache
+def cut_evenly(costs: tuple[float, ...], num_parts: int) -> list[range]:
     """Cuts a list of whole numbers into `num_parts` runs, none empty, whose largest sum is as small as it can be."""
     assert 1 <= num_parts <= len(costs), f"{len(costs)} layers cannot be cut into {num_parts} stages"
     low, high = max(costs) - 1, sum(costs)  # too small a bound, and one that holds
@@ -616,7 +620,7 @@ def parcel(config: Config, costs: Sequence[LayerCost], border: int, gpu: bool = 
 
 
 def step_flops(config: Config, costs: Sequence[LayerCost]) -> float:
-    """FLOPs a sample that a training step executes: a backward pass costs two forward passes, and what it computes again."""
+    """FLOPs a sample that a training step executes: three forward passes' and what is computed again."""
     again = config.engine.activation_checkpointing
     flops = sum(3 * cost.forward_flops + (cost.recomputed_flops if again else 0) for cost in costs)
     return flops + (sum(cost.forward_flops for cost in _towers(costs)) if _two_passes(config) else 0)

@@ -16,7 +16,8 @@ import yaml
 from data_pipelines.errors import UserError
 from distributed.tiny import tiny_config
 from launch.hardware import GPUS, find_gpu
-from launch.plan import VOCABULARY, Cluster, best_layouts, count_pieces, make_plan, objection, run_plan
+from launch.plan import VOCABULARY, Cluster, Plan, best_layouts, count_pieces, make_plan, objection, run_plan
+from pretrain.accounting import layers
 from pretrain.config import Config, load_config
 
 REPOSITORY = Path(__file__).parents[3]
@@ -26,6 +27,10 @@ CLUSTER = Cluster(512, 8, GPUS["h100"])
 
 def huge(*overrides: str) -> Config:
     return load_config(HUGE, overrides)
+
+
+def planned(config: Config, cluster: Cluster) -> Plan:
+    return make_plan(config, cluster, layers(config, VOCABULARY))
 
 
 def run(capsys, path: Path, *overrides: str, cluster: Cluster = CLUSTER, **options: Any) -> tuple[int, str]:
@@ -71,12 +76,12 @@ def handbook() -> dict[str, float]:
 
 def test_the_handbooks_calculation_is_right_and_the_plans_own():
     by_hand = handbook()
-    plan = make_plan(huge(), CLUSTER, VOCABULARY)
+    plan = planned(huge(), CLUSTER)
     seconds = {(each.transfer.what, each.transfer.kind): each.time_s for each in plan.exchanges}
     ours = {
         "training": plan.model_flops,
         "compute_s": plan.compute_s,
-        "activations": plan.plain_activations,
+        "activations": plan.activations(checkpointing=False),
         "memory_gib": plan.memory_gib,
         "weights_s": seconds["weights", "all-gather"],
         "gradients_s": seconds["gradients", "reduce-scatter"],
@@ -87,11 +92,12 @@ def test_the_handbooks_calculation_is_right_and_the_plans_own():
         "days": plan.hours / 24,
         "gpu_hours": plan.hours * 4096,
     }
+    assert by_hand["parameters"] == sum(cost.parameters for cost in layers(huge(), VOCABULARY))
     assert {name: by_hand[name] for name in ours} == pytest.approx(ours, rel=0.01)
 
 
 def test_the_header_of_the_config_says_what_the_plan_says():
-    plan, header = make_plan(huge(), CLUSTER, VOCABULARY), HUGE.read_text().partition("output:")[0]
+    plan, header = planned(huge(), CLUSTER), HUGE.read_text().partition("output:")[0]
     for part in (
         f"{plan.step_s:.2f} s a step",
         f"{plan.mfu:.0%} of the peak",
@@ -158,7 +164,7 @@ def test_the_best_layouts_are_the_fastest_that_fit_and_do_the_same():
         assert plan.fits
         assert objection(plan.config, CLUSTER) is None
         assert plan.config.training == huge().training  # accumulation is part of the recipe
-    given = make_plan(huge("engine.tensor_parallel=8"), CLUSTER, VOCABULARY)
+    given = planned(huge("engine.tensor_parallel=8"), CLUSTER)
     assert best[0].step_s < given.step_s
 
 
@@ -171,7 +177,7 @@ def test_accumulation_is_free_where_it_changes_nothing():
 def test_a_pipeline_waits_for_its_slowest_stage_and_fills_with_micro_steps():
     def plan(accumulation: int):
         words = [f"training.accumulation={accumulation}", "engine.pipeline_parallel=4", "engine.zero_stage=1"]
-        return make_plan(huge(*words, "training.global_batch=131072"), Cluster(64, 8, GPUS["h100"]), VOCABULARY)
+        return planned(huge(*words, "training.global_batch=131072"), Cluster(64, 8, GPUS["h100"]))
 
     few, many = plan(4), plan(16)
     assert few.bubble_s / few.compute_s == pytest.approx(3 / 4, rel=0.2)
@@ -181,10 +187,10 @@ def test_a_pipeline_waits_for_its_slowest_stage_and_fills_with_micro_steps():
 
 
 def test_tensor_parallel_stays_on_nvlink_and_data_parallel_leaves_the_node():
-    exchanges = make_plan(huge(), CLUSTER, VOCABULARY).exchanges
+    exchanges = planned(huge(), CLUSTER).exchanges
     assert {each.link for each in exchanges if each.transfer.axis == "tp"} == {"NVLink"}
     assert {each.link for each in exchanges if each.transfer.axis == "dp"} == {"network"}
-    one_node = make_plan(huge("training.global_batch=64"), Cluster(1, 8, GPUS["h100"]), VOCABULARY)
+    one_node = planned(huge("training.global_batch=64"), Cluster(1, 8, GPUS["h100"]))
     assert {each.link for each in one_node.exchanges} == {"NVLink"}
 
 

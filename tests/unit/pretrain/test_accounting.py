@@ -101,5 +101,5 @@ def test_stages_are_contiguous_and_their_largest_is_as_small_as_can_be(num_stage
 
 
 def test_layers_that_cost_nothing_still_fill_a_stage():
-    assert cut_evenly([0.0, 0.0, 0.0, 7.0], 4) == [range(i, i + 1) for i in range(4)]
-    assert cut_evenly([7.0, 0.0, 0.0], 3) == [range(i, i + 1) for i in range(3)]
+    assert cut_evenly((0.0, 0.0, 0.0, 7.0), 4) == [range(i, i + 1) for i in range(4)]
+    assert cut_evenly((7.0, 0.0, 0.0), 3) == [range(i, i + 1) for i in range(3)]
