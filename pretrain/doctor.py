@@ -33,9 +33,9 @@ from pretrain.parallel.mesh import ALONE, Axis, Mesh, start_mesh, stop_mesh, tra
 
 STEPS = 4  # the first compares gradients; later ones also what was done with them
 RATE = 1e-4  # without warmup: an update moves a loss of the copy by a few tenths
-# Relative differences. In fp32 sums are only taken in another order; in bf16 a number has 8 bits, and a few hard
-# negatives are others.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.1}
+# Relative differences. In fp32 sums are only taken in another order, and sound layouts differ by about 1e-6. In bf16 a
+# number has 8 bits: losses of sound layouts differ by up to 2 %, gradient norms by 10 % (sigmoid; softmax 5 %).
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.25}
 PAD = 0
 # ZeRO-3 keeps parameters of less than 1e5 elements on every rank: with two heads this wide, or tensor_parallel of them,
 # the perceptrons' matrices are above that, and are partitioned and gathered as in the whole model.
@@ -107,7 +107,7 @@ class Comparison:
         return (
             f"{self.name}: {name} of step {step + 1} is {self.curves[rank][step][name]:.6g} on rank {rank} of "
             f"{hosts[rank]} and {self.reference[step][name]:.6g} in one process; they differ by {difference:.1e}, and "
-            f"{self.tolerance:.0e} is allowed: run the doctor on fewer hosts, then with engine.zero_stage=0, then with "
+            f"{self.tolerance:g} is allowed: run the doctor on fewer hosts, then with engine.zero_stage=0, then with "
             f"tensor_parallel and pipeline_parallel 1, until they agree, to find the part that is wrong."
         )
 
@@ -341,7 +341,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     for comparison in comparisons:
         largest = comparison.largest()
         figures = (f"{largest[name]:.1e}" for name in quantities)
-        table.add_row(comparison.name, *figures, f"{comparison.tolerance:.0e}")
+        table.add_row(comparison.name, *figures, f"{comparison.tolerance:g}")
     return table
 
 

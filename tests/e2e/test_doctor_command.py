@@ -45,7 +45,7 @@ def doctor(*arguments, script=("-m", "pretrain")):
 
 def assert_it_says_what_it_measured(out, axis):
     number = r"\d[\d.e+-]*"
-    assert re.search(rf"fp32( +{number}){{4}} +1e-04", out)
+    assert re.search(rf"fp32( +{number}){{4}} +0.0001", out)
     for what in ("all-reduce", "all-gather", "to the next rank"):
         assert re.search(rf"{axis}, 2 ranks: {what}( +{number}){{3}} +rank [01]", out)
     assert re.search(rf"Matrix products in float32, [TG]FLOP/s a rank: median {number}, slowest {number}", out)
@@ -63,7 +63,7 @@ def test_a_zero_layout_takes_the_steps_of_one_process(stage):
 def test_a_tensor_parallel_layout_too_and_in_bf16():
     result = doctor("engine.tensor_parallel=2", "engine.zero_stage=0", "engine.precision=bf16")
     assert result.code == 0, result.err
-    assert re.search(r"bf16( +\d\S+){4} +1e-01", result.out)
+    assert re.search(r"bf16( +\d\S+){4} +0.25", result.out)
     assert "tp, 2 ranks: all-reduce" in result.out
     assert "Matrix products in bfloat16" in result.out
 
@@ -89,7 +89,7 @@ def test_what_the_layout_does_not_change_is_found_equal(two_ranks, changes):
         by_name = {comparison.name: max(comparison.largest().values()) for comparison in comparisons}
         assert set(by_name) == {"rank alone", "fp32"} | ({"bf16"} if "engine__precision" in changes else set())
         assert by_name["fp32"] < 1e-5
-        assert 1e-4 < by_name.get("bf16", 1e-3) < 0.1  # it ran in bf16
+        assert by_name.get("bf16", 1.0) > 1e-4  # it ran in bf16
 
 
 def test_one_process_needs_no_launcher():
