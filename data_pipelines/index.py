@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
 from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
 from data_pipelines.storage import ByteSource, describe, file_name, is_remote, open_bytes, shown
 from data_pipelines.tar import printable
+
+_COUNTED_AT_ONCE = 16  # shards: a remote one takes a few requests of a moment each
 
 
 @dataclass(frozen=True)
@@ -181,13 +184,18 @@ def count_from_stats(
     Raises:
         DataError: A shard has neither file, or they cannot be read.
     """
-    shards: list[Shard] = []
-    for place in map(str, locations):
-        location = place if is_remote(place) else str(normalised(Path(place)))
+
+    def count(place: str | Path) -> Shard:
+        location = str(place) if is_remote(str(place)) else str(normalised(Path(place)))
         size, version = describe(location, patience_s=patience_s)
         samples = _count(location, patience_s)
-        shards.append(Shard(location, samples, size, samples, version))
-        on_shard()
+        return Shard(location, samples, size, samples, version)
+
+    shards: list[Shard] = []
+    with ThreadPoolExecutor(_COUNTED_AT_ONCE) as pool:
+        for shard in pool.map(count, locations):
+            shards.append(shard)
+            on_shard()
     manifest = Manifest(normalised(path), tuple(shards), "stats")
     if manifest.samples == 0:
         raise _nothing_usable(shards, Report())

@@ -118,7 +118,10 @@ def test_counts_beside_remote_shards_are_enough_to_train(
     for shard, size in enumerate((70, 33, 1, 60)):
         server.put(f"train/{shard:05d}_stats.json", f'{{"successes": {size}}}'.encode())
     server.requests.clear()
+    server.delay_s, server.most_at_once = 0.05, 0
     count_from_stats(urls(server, corpus), tmp_path / "manifest.json", patience_s=2).save()
+    server.delay_s = 0.0
+    assert server.most_at_once > 1
     assert {request.range for request in server.requests if request.path.endswith(".tar")} == {"bytes=0-0"}
     assert images(replace(corpus, folder=tmp_path).training(cache=cache, patience_s=2)) == expected
 
