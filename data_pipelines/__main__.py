@@ -88,9 +88,11 @@ def _pack(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     from data_pipelines.filters import Filters
     from data_pipelines.index import build_manifest, count_from_stats
-    from data_pipelines.storage import expand
+    from data_pipelines.storage import describe, expand, is_remote
 
     shards = expand(options.shards)
+    if is_remote(shards[0]):
+        describe(shards[0])  # tells of a mistyped server in 30 s, where a scan has patience for five minutes
     listing = options.output.with_name(f"{options.output.stem}.dropped.jsonl")
     listing.unlink(missing_ok=True)
     filters = _filters(options)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from corpus import Corpus, jpeg
 from data_pipelines.__main__ import main
 from data_pipelines.manifest import Manifest
 from data_pipelines.shards import write_shard
+from data_pipelines.storage import describe
 from data_pipelines.tokenizer import Tokenizer, export_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -128,6 +130,19 @@ def test_checksums_are_those_of_the_shards_and_come_only_when_asked_for(shard: P
     assert index(shard, "--checksums") == 0
     expected = hashlib.sha256((shard / "0.tar").read_bytes()).hexdigest()
     assert Manifest.load(shard / "m.json").shards[0].sha256 == expected
+
+
+def test_a_server_that_does_not_answer_is_told_before_the_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the scan began")
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("data_pipelines.index.build_manifest", refuse)
+    monkeypatch.setattr("data_pipelines.storage.describe", partial(describe, patience_s=0.2))
+    assert main(["index", "http://127.0.0.1:1/{0..9}.tar", "-o", str(tmp_path / "m.json")]) == 4
+    assert capfd.readouterr().err.startswith("Shard http://127.0.0.1:1/0.tar cannot be opened: 3 attempts")
 
 
 def test_a_list_of_faults_does_not_outlive_them(shard: Path):
