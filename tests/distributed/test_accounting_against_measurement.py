@@ -1,10 +1,10 @@
-"""What accounting predicts against what ranks really hold and send: fp32 on gloo, tensors that dominate.
+"""What accounting predicts against what ranks really hold and send: on gloo, with tensors that dominate.
 
 Memory is what torch's CPU allocator hands out and takes back, from the building of the engine on.
 """
 
 import gc
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +27,7 @@ from pretrain.accounting import (
     parcel,
     stages,
     transfers,
+    value_bytes,
 )
 from pretrain.parallel.build import build_engine
 
@@ -89,9 +90,14 @@ def on_foreign_memory(name, function):
     if name == "batch_isend_irecv":
         return function
 
+    def reduce_scatter(output, summed, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        copy = numpys(summed)  # gloo's own one would clone it
+        dist.distributed_c10d.all_reduce(copy, op=op, group=group)
+        output.copy_(copy.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+
     def call(*arguments, async_op=False, **named):
         given = [*arguments, *named.values()]
-        copies = [torch.from_numpy(v.detach().numpy().copy()) if isinstance(v, torch.Tensor) else v for v in given]
+        copies = [numpys(value) if isinstance(value, torch.Tensor) else value for value in given]
         named = dict(zip(named, copies[len(arguments) :], strict=True))
         work = function(*copies[: len(arguments)], async_op=async_op, **named)
         if work is not None:
@@ -99,11 +105,18 @@ def on_foreign_memory(name, function):
         given[0].copy_(copies[0])
         return work
 
-    return call
+    return reduce_scatter if name == "reduce_scatter_tensor" else call
+
+
+def numpys(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in NumPy's memory; NumPy knows no bf16."""
+    plain = tensor.detach().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.detach()
+    return torch.from_numpy(plain.numpy().copy()).view(tensor.dtype)
 
 
 def peak_bytes(mesh, config) -> float:
     """The most bytes in tensors during a second step."""
+    gc.collect()  # what an earlier engine left would be taken back on this one's account
     with (
         replaced_collectives(on_foreign_memory),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
@@ -129,13 +142,24 @@ LAYOUTS = [
     *[{"engine__zero_stage": stage} for stage in (0, 1, 2)],
     {"engine__zero_stage": 0} | CHECKPOINTING,
     {"engine__zero_stage": 0} | TP,
-    # One micro-step: in the next one, garbage of the first is there or not, as Python collects it or not.
-    *[{"engine__zero_stage": 3, "training__accumulation": 1} | more for more in ({}, CHECKPOINTING, TP)],
+    *[{"engine__zero_stage": 3} | more for more in ({}, CHECKPOINTING, TP)],
     {"engine__zero_stage": 1} | TP | CHECKPOINTING,
     {"engine__zero_stage": 2, "training__accumulation": 1, "training__global_batch": 8},
     {"engine__zero_stage": 0, "training__accumulation": 1, "objectives__masked_lm": None},
     *[{"engine__zero_stage": stage, "engine__pipeline_parallel": 2} for stage in (0, 1)],
 ]
+
+
+IN_BF16 = {  # short rows: a CPU without bf16 instructions is slow
+    "model__image": {"size": 16, "patch": 8, "width": 256, "depth": 3, "heads": 4},
+    "model__text": {"length": 12, "width": 192, "depth": 1, "heads": 4},
+    "model__fusion": {"depth": 1, "heads": 4},
+    "engine__precision": "bf16",
+    "training__global_batch": 8,
+    "training__accumulation": 1,
+}
+# Stage 1 comes last: what it leaves is freed somewhere in the test that follows, which would measure too little.
+LAYOUTS += [IN_BF16 | {"engine__zero_stage": stage} for stage in (0, 2, 3, 1)]
 
 
 @pytest.mark.parametrize("changes", LAYOUTS, ids=str)
@@ -147,8 +171,9 @@ def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
         stage = rank if layout.pipeline_parallel > 1 else 0
         cut = stages(config, VOCABULARY, layout.pipeline_parallel)[stage]
         predicted = memory(config, costs[cut.start : cut.stop], layout, stage, gpu=False)
-        # DeepSpeed's bucket of 2 GB would hide whatever else is wrong.
-        buckets = predicted.items.get("buffers", 0) // (4 * REDUCE_BUCKET) * 4 * REDUCE_BUCKET
+        # DeepSpeed's buckets of 1 or 2 GB would hide whatever else is wrong.
+        bucket = value_bytes(config, gpu=False) * REDUCE_BUCKET
+        buckets = predicted.items.get("buffers", 0) // bucket * bucket
         assert predicted.total - buckets == pytest.approx(bytes_held - buckets, rel=0.1), predicted
 
 
@@ -167,7 +192,7 @@ def log_of_deepspeed(mesh, config) -> dict[str, float]:
         "all_gather_into_tensor": "all-gather",
         "reduce_scatter_tensor": "reduce-scatter",
     }
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     for name, by_size in comm.comms_logger.comms_dict.items():
         kind = next((kind for start, kind in kinds.items() if name.startswith(start)), name)
         for size, (count, *_) in by_size.items():
@@ -177,7 +202,7 @@ def log_of_deepspeed(mesh, config) -> dict[str, float]:
 
 
 def by_kind(found: list[Transfer]) -> dict[str, float]:
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     for transfer in found:
         sums[transfer.kind] += transfer.size
     return dict(sums)
@@ -199,7 +224,7 @@ def sent(mesh, config) -> dict[tuple[str, str], float]:
     """Bytes of a step by kind and axis, counted where torch.distributed is called."""
     axes = mesh_of(mesh, config)
     names = {id(axis.group): name for name, axis in (("dp", axes.dp), ("tp", axes.tp), ("pp", axes.pp)) if axis.group}
-    sums: Counter[tuple[str, str]] = Counter()
+    sums: dict[tuple[str, str], float] = defaultdict(float)
 
     def count(name, function):
         def call(*arguments, **named):
@@ -243,11 +268,12 @@ WAYS = [
 def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
     config = tiny_config(**SIZES | {"engine__zero_stage": 0, "training__global_batch": 64} | changes)
     layout, costs = layout_of(config, 4), layers(config, VOCABULARY)
-    measured: Counter[tuple[str, str]] = Counter()
+    measured: dict[tuple[str, str], float] = defaultdict(float)
     for one in four_ranks.run(sent, config):
-        measured.update(one)
+        for key, size in one.items():
+            measured[key] += size
     cuts = stages(config, VOCABULARY, layout.pipeline_parallel)
-    predicted: Counter[tuple[str, str]] = Counter()
+    predicted: dict[tuple[str, str], float] = defaultdict(float)
     for cut in cuts:
         borders = parcel(config, costs, cut.start, gpu=False), parcel(config, costs, cut.stop, gpu=False)
         for transfer in transfers(config, costs[cut.start : cut.stop], layout, borders, gpu=False):
