@@ -5,10 +5,10 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint fuzz soak bench-data format clean
+.PHONY: help install demo test lint fuzz soak bench-data bench-scaling format clean
 
 help: ## List what make can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## Make .venv and install the toolkit in it, with the versions it was tested with
 
@@ -40,6 +40,9 @@ soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEE
 
 bench-data: .venv/.installed ## Measure the data pipelines on one core, in about ten minutes
 	@$(RUN) benchmarks.data
+
+bench-scaling: .venv/.installed ## Measure what ZeRO-3 holds and gathers, and throughput, on 1, 2 and 4 CPU ranks
+	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(RUN) benchmarks.scaling
 
 format: .venv/.installed ## Format the code and mend what can be mended
 	@$(RUN) ruff format .

@@ -32,6 +32,7 @@ MEANINGS = {
     3: "no valid checkpoint to resume from",
     4: "the configuration or the data needs mending, see the message above",
     5: "too many bad steps",
+    7: "the layout does not take the steps of one process",
     85: "saved; the same command goes on from there",
 }
 

@@ -207,5 +207,7 @@ def deepspeed_settings(config: Config, mesh: Mesh, micro_batch_per_rank: int) ->
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     if training_dtype(engine, mesh.device) == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # micro-batches would be added up in bf16
+        # Micro-batches would be added up in bf16. The gradient of a single one comes in bf16, and stage 3 keeps it so.
+        if engine.zero_stage < 3 or config.training.accumulation > 1:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

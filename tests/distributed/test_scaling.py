@@ -10,13 +10,6 @@ from distributed.tiny import engine_curve, tiny_config
 
 LAYERS = {"image_embed", "image_block_0", "text_block_0", "fusion_block_0", "masked_lm_head"}  # those with matrices
 BLOCKS = {"image_block_0", "text_block_0", "fusion_block_0"}
-# A single micro-step's gradients come over the network in bf16, and are kept as they come.
-BF16_GRADIENTS = {"gradients": "bf16"}
-
-
-def state(mesh, config, changes):
-    with settings(**changes):
-        return measure_state(mesh, config)
 
 
 def gathers(mesh, config, changes):
@@ -31,14 +24,14 @@ def curve(mesh, config, changes):
 
 @pytest.mark.parametrize("ranks", ["one_rank", "two_ranks", "four_ranks"])
 def test_ranks_hold_together_16_bytes_a_parameter(request, ranks):
-    for held in request.getfixturevalue(ranks).run(state, wide_config(precision="bf16"), BF16_GRADIENTS):
+    for held in request.getfixturevalue(ranks).run(measure_state, wide_config(precision="bf16")):
         assert sum(held.values()) == pytest.approx(16, rel=0.05)
         assert held["bfloat16"] == pytest.approx(2 + 2, rel=0.05)  # weights, gradients
         assert held["float32"] == pytest.approx(4 + 4 + 4, rel=0.01)  # master weights, two moments
 
 
 def test_gradients_that_add_up_over_micro_steps_are_in_fp32_and_take_2_bytes_more(two_ranks):
-    for held in two_ranks.run(state, wide_config(accumulation=2, precision="bf16"), {}):
+    for held in two_ranks.run(measure_state, wide_config(accumulation=2, precision="bf16")):
         assert sum(held.values()) == pytest.approx(18, rel=0.02)
 
 
