@@ -47,14 +47,14 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unknown option {' '.join(unknown)}")
     overrides = [*arguments.overrides, *late]
 
-    # Imported this late so that --help need not wait for the config's own imports.
+    # Imported this late so that --help need not wait for the config's own imports, nor a run for the planner's.
     from data_pipelines.errors import UserError
-    from launch.hardware import find_gpu
-    from launch.local import run_local
-    from launch.plan import Cluster, run_plan
 
     try:
         if arguments.command == "plan":
+            from launch.hardware import find_gpu
+            from launch.plan import Cluster, run_plan
+
             return run_plan(
                 arguments.config,
                 overrides,
@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
                 run=arguments.compare,
                 as_json=arguments.json,
             )
+        from launch.local import run_local
+
         run_local(arguments.config, overrides, arguments.nproc, arguments.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)

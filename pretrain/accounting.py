@@ -447,7 +447,7 @@ def _moments(
             )
             held = {
                 "weights": width * (share + small),
-                "gradients": 4 * share * on_device,
+                "gradients": (4 if layout.micro_steps > 1 else width) * share * on_device,
                 "optimizer": 12 * share * on_device,
                 "buffers": bucket,
             }
