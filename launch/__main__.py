@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.command == "plan":
             from launch.hardware import find_gpu
-            from launch.plan import Cluster, run_plan
+            from launch.plan import Cluster
+            from launch.plan_report import run_plan
 
             return run_plan(
                 arguments.config,

@@ -1,6 +1,6 @@
 """From a config to an engine."""
 
-from pretrain.accounting import stages
+from pretrain.accounting.stages import stages
 from pretrain.config import Config
 from pretrain.models.architectures import layer_specs
 from pretrain.parallel.engine import Engine

@@ -17,18 +17,10 @@ from deepspeed.comm import comm
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from distributed.tiny import TinyBatch, mesh_of, tiny_config
-from pretrain.accounting import (
-    REDUCE_BUCKET,
-    Transfer,
-    layers,
-    layout_of,
-    masked_slots,
-    memory,
-    parcel,
-    stages,
-    transfers,
-    value_bytes,
-)
+from pretrain.accounting.exchange import Transfer, parcel, transfers
+from pretrain.accounting.layers import layers, masked_slots
+from pretrain.accounting.memory import REDUCE_BUCKET, memory, value_bytes
+from pretrain.accounting.stages import layout_of, stages
 from pretrain.parallel.build import build_engine
 
 VOCABULARY = 2000

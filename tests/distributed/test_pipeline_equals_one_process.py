@@ -15,7 +15,7 @@ from distributed.tiny import (
     tiny_config,
     tiny_engine,
 )
-from pretrain.accounting import stages
+from pretrain.accounting.stages import stages
 from pretrain.models.architectures import layer_specs
 
 STEPS = 10

@@ -16,8 +16,9 @@ import yaml
 from data_pipelines.errors import UserError
 from distributed.tiny import tiny_config
 from launch.hardware import GPUS, find_gpu
-from launch.plan import VOCABULARY, Cluster, Plan, best_layouts, count_pieces, make_plan, objection, run_plan
-from pretrain.accounting import layers
+from launch.plan import VOCABULARY, Cluster, Plan, best_layouts, count_pieces, make_plan, objection
+from launch.plan_report import run_plan
+from pretrain.accounting.layers import layers
 from pretrain.config import Config, load_config
 
 REPOSITORY = Path(__file__).parents[3]

@@ -8,9 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipelines.masking import num_masked_slots
 from distributed.tiny import PAD, VOCABULARY, samples, tiny_config
-from pretrain.accounting import Weight, cut_evenly, layers, masked_slots, stages
+from pretrain.accounting import memory
+from pretrain.accounting.layers import Weight, layers, masked_slots
+from pretrain.accounting.stages import cut_evenly, stages
 from pretrain.models.architectures import layer_specs
 from pretrain.models.model import build_model
+from pretrain.objectives import contrastive
 from pretrain.parallel.tensor import PLAN
 
 DUAL = {
@@ -84,6 +87,10 @@ def test_global_negatives_contrast_the_whole_batch():
 
     more = flops(objectives__contrastive={"negatives": "global_batch"}) - flops()
     assert more == 2 * 2 * 16 * (32 - 16)  # both directions, E = 16, a batch of 32 in two micro-steps
+
+
+def test_as_many_logits_exist_at_a_time_as_the_loss_makes():
+    assert memory.MAX_LOGITS == contrastive.MAX_LOGITS
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 11])

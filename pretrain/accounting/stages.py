@@ -1,0 +1,81 @@
+"""How a step lies on the ranks: which layers a pipeline stage has, which samples a rank, and what is run twice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from pretrain.accounting.layers import LayerCost, layers
+from pretrain.config import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a step and the layers of the model lie on the ranks."""
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    micro_batch: int
+    """Samples of a micro-step on a rank."""
+    micro_steps: int
+
+
+def layout_of(config: Config, world: int) -> Layout:
+    """The layout of the config on `world` ranks, which its degrees divide."""
+    engine, training = config.engine, config.training
+    data_parallel = engine.data_parallel or world // (engine.tensor_parallel * engine.pipeline_parallel)
+    micro_batch = training.global_batch // (data_parallel * training.accumulation)
+    return Layout(data_parallel, engine.tensor_parallel, engine.pipeline_parallel, micro_batch, training.accumulation)
+
+
+def stages(config: Config, vocabulary: int, num_stages: int) -> list[range]:
+    """Cuts the list of layers into runs, one a pipeline stage, none empty.
+
+    The most forward FLOPs that any stage has are as few as they can be; among such cuts later stages are the fuller
+    ones, since earlier ones keep the activations of more micro-batches.
+    """
+    return cut_evenly(tuple(layer.forward_flops for layer in layers(config, vocabulary)), num_stages)
+
+
+@cache
+def cut_evenly(costs: tuple[float, ...], num_parts: int) -> list[range]:
+    """Cuts a list of whole numbers into `num_parts` runs, none empty, whose largest sum is as small as it can be."""
+    assert 1 <= num_parts <= len(costs), f"{len(costs)} layers cannot be cut into {num_parts} stages"
+    low, high = max(costs) - 1, sum(costs)  # too small a bound, and one that holds
+    while high - low > 1:
+        bound = (low + high) // 2
+        if _fill(costs, num_parts, bound):
+            high = bound
+        else:
+            low = bound
+    return _fill(costs, num_parts, high)
+
+
+def _fill(costs: Sequence[float], num_parts: int, bound: float) -> list[range]:
+    """Runs none of which sums to more than `bound`, each as long as it can be, from the last; [] if there are none."""
+    parts, stop = [], len(costs)
+    for before in reversed(range(num_parts)):  # each part before this one needs a layer
+        start, total = stop, 0.0
+        while start > before and total + costs[start - 1] <= bound:
+            start -= 1
+            total += costs[start]
+        parts.append(range(start, stop))
+        stop = start
+    return parts[::-1] if stop == 0 else []
+
+
+def step_flops(config: Config, costs: Sequence[LayerCost]) -> float:
+    """FLOPs a sample that a training step executes: three forward passes' and what is computed again."""
+    again = config.engine.activation_checkpointing
+    flops = sum(3 * cost.forward_flops + (cost.recomputed_flops if again else 0) for cost in costs)
+    return flops + (sum(cost.forward_flops for cost in towers(costs)) if two_passes(config) else 0)
+
+
+def two_passes(config: Config) -> bool:
+    """Whether the towers run over the whole global batch first, to contrast it."""
+    return config.objectives.contrastive.negatives == "global_batch"
+
+
+def towers(costs: Sequence[LayerCost]) -> list[LayerCost]:
+    """What runs once more, without gradient, to contrast the global batch; on the clean captions alone."""
+    return [cost for cost in costs if cost.name.startswith(("image_", "text_"))]
