@@ -3,7 +3,7 @@
 Hard negatives are drawn inside pools of consecutive samples with probability softmax(similarity), by adding
 Gumbel noise and taking the largest. The noise is keyed by the two samples' global positions, so the same pools
 give the same negatives on any number of ranks, whether a rank holds whole pools or parts of them.
-Shapes: B samples on this rank, G on all ranks that pools lie on, E embedding width.
+Shapes: B samples on this rank, G on all ranks that pools lie on, E embedding width, R rows at a time.
 Source: ALBEF, section 3.2 and `Pretrain` code; masked before the softmax, so that a row without any valid
 negative is defined (it contributes nothing) instead of a crash.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 from pretrain.collectives import Group, gather, row_offset
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.noise import gumbel
+
+MAX_PAIRS = 1 << 22  # at a time: noise and scores take up to 92 bytes a pair, 25 GB for 4,096 rows against 65,536
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,30 @@ def mine_hard_negatives(
         seed: the run's seed.
         group: the ranks that a pool's samples lie on; None if every pool lies on one.
     """
-    B, own = len(positions), positions  # (B,)
     others, everyone = gather(positions, group), identity.gathered(group)  # (G,)
     # Not counted from 0: a run that goes on with another batch may begin its micro-steps anywhere.
     first = others.min()
-    own_pool, pools = (own - first) // pool, (others - first) // pool
-    allowed = (own_pool[:, None] == pools[None, :]) & ~identity.same(everyone)  # (B, G)
-    own_rows = row_offset(B, group) + torch.arange(B, device=own.device)
-    drawn: list[tuple[Tensor, Tensor]] = []
-    for kind, (rows_BE, columns_BE) in enumerate(((image_BE, text_BE), (text_BE, image_BE))):
-        similarity = rows_BE.float() @ gather(columns_BE, group).float().T * log_scale.float().exp()  # (B, G)
-        noise = gumbel(seed, own[:, None], others[None, :], own.new_tensor(kind))
-        drawn.append(_draw(similarity + noise, allowed, own_rows))
-    (text_rows, text_valid), (image_rows, image_valid) = drawn
-    return HardNegatives(image_rows, text_rows, image_valid, text_valid)
+    own_pool, pools = (positions - first) // pool, (others - first) // pool
+    B, G = len(positions), len(others)
+    own_rows = row_offset(B, group) + torch.arange(B, device=positions.device)
+    sides = [(image_BE, gather(text_BE, group)), (text_BE, gather(image_BE, group))]  # (B, E), (G, E)
 
-
-def _draw(scores: Tensor, allowed: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The best allowed column of each row, and whether there is one (else the column of the row's own sample)."""
-    best = scores.masked_fill(~allowed, float("-inf")).argmax(dim=1)
-    valid = allowed.any(dim=1)
-    return torch.where(valid, best, own_rows), valid
+    drawn: list[list[Tensor]] = []
+    rows = max(1, MAX_PAIRS // G)
+    for start in range(0, B, rows):
+        part = slice(start, start + rows)
+        ids = Identity(identity.image_ids[part], identity.caption_ids[part])
+        allowed = (own_pool[part, None] == pools[None, :]) & ~ids.same(everyone)  # (R, G)
+        valid = allowed.any(dim=1)
+        found = [valid]
+        for kind, (rows_BE, columns_GE) in enumerate(sides):
+            similarity = rows_BE[part].float() @ columns_GE.float().T * log_scale.float().exp()  # (R, G)
+            noise = gumbel(seed, positions[part, None], others[None, :], positions.new_tensor(kind))
+            best = (similarity + noise).masked_fill(~allowed, float("-inf")).argmax(dim=1)
+            found.append(torch.where(valid, best, own_rows[part]))
+        drawn.append(found)
+    valid, text_rows, image_rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return HardNegatives(image_rows, text_rows, valid, valid)
 
 
 def matching_loss(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import UNUSED, masked_lm_loss
-from pretrain.objectives.matching import matching_loss, mine_hard_negatives
+from pretrain.objectives.matching import HardNegatives, matching_loss, mine_hard_negatives
 from pretrain.objectives.noise import gumbel
 
 B, E = 12, 8
@@ -107,6 +107,23 @@ def test_pools_begin_where_the_micro_step_does():
         unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), pairs, 21 + torch.arange(B), pool=2, seed=0
     )
     assert not found.image_valid.any()  # each pool is one pair
+
+
+def test_pairs_that_are_too_many_are_scored_some_rows_at_a_time(monkeypatch):
+    def run() -> tuple[HardNegatives, int]:
+        identity = Identity(torch.arange(B) // 2, torch.arange(B) // 5)  # most pairs of a pool are alike
+        scale, positions = torch.tensor([1.0]), 100 + torch.arange(B)
+        with LargestTensor() as largest:
+            found = mine_hard_negatives(unit_vectors(0), unit_vectors(1), scale, identity, positions, pool=4, seed=0)
+        return found, largest.numel
+
+    whole, at_once = run()
+    monkeypatch.setattr("pretrain.objectives.matching.MAX_PAIRS", 5 * B)  # 12 rows are 5, 5 and 2
+    parts, at_most = run()
+    for name in ("image_rows", "text_rows", "image_valid", "text_valid"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+    assert 0 < whole.text_valid.sum() < B
+    assert (at_once, at_most) == (B * B, B * E)
 
 
 def test_a_row_without_any_valid_negative_is_defined_and_counts_nothing():
