@@ -324,10 +324,10 @@ class Config(Section):
     def _pool_fits(self, pool: int) -> None:
         """Pools lie inside grains, or whole grains make whole pools of a micro-step."""
         grain, batch, accumulation = self.data.grain, self.training.global_batch, self.training.accumulation
-        micro_step = batch // accumulation
-        sizes = [size for size in range(2, grain + 1) if grain % size == 0]
-        sizes += [size for size in range(2 * grain, micro_step + 1, grain) if batch % (accumulation * size) == 0]
-        if pool not in sizes:
+        if grain % pool and (pool % grain or batch % (accumulation * pool)):
+            micro_step = batch // accumulation
+            sizes = [size for size in range(2, min(grain, 1024) + 1) if grain % size == 0]
+            sizes += [size for size in range(2 * grain, 64 * grain, grain) if batch % (accumulation * size) == 0]
             raise ValueError(
                 f"objectives.matching.pool {pool} neither divides data.grain {grain} nor is a multiple of it that "
                 f"divides the {micro_step} samples of a micro-step (training.global_batch {batch} / "

@@ -84,8 +84,7 @@ class Trainer:
         self.step = run["step"]
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
-        layout = run["layout"]
-        ranks = layout["dp"] * layout["tp"] * layout["pp"]
+        ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {ranks} ranks, at step {self.step}.")
 
     def fit(self) -> None:

@@ -106,20 +106,20 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
         )
     ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
     pp_rank, dp_rank, tp_rank = (ranks == world.rank).nonzero()[0].tolist()
-    tp = [[_axis(world, row) for row in stage] for stage in ranks.tolist()]
-    dp = [[_axis(world, row) for row in stage] for stage in ranks.transpose(1, 2).tolist()]
-    pp = [[_axis(world, row) for row in column] for column in ranks.permute(1, 2, 0).tolist()]
-    return Mesh(device, world, dp[pp_rank][tp_rank], tp[pp_rank][dp_rank], pp[dp_rank][tp_rank])
+    tp = _axis(world, ranks[pp_rank, dp_rank].tolist())
+    dp = _axis(world, ranks[pp_rank, :, tp_rank].tolist())
+    pp = _axis(world, ranks[:, dp_rank, tp_rank].tolist())
+    return Mesh(device, world, dp, tp, pp)
 
 
 def _axis(world: Axis, ranks: list[int]) -> Axis:
-    # Every rank makes every group, in the same order: torch demands it.
     if len(ranks) == 1:
         return ALONE
     if len(ranks) == world.size:
         return world
-    group: Any = dist.new_group(ranks, timeout=TIMEOUT)
-    return Axis(ranks.index(world.rank) if world.rank in ranks else -1, len(ranks), group)
+    # Made by its own ranks alone: thousands of groups, each of which all ranks waited for, would take minutes.
+    group: Any = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
+    return Axis(ranks.index(world.rank), len(ranks), group)
 
 
 def start_mesh(engine: EngineConfig) -> Mesh:

@@ -145,7 +145,10 @@ class Pipeline:
         self.embed_width = config.model.embed
         self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
         aligns = any(isinstance(layer, Align) for layer in model.children())
-        self.align_stage = mesh.pp.gather_objects(aligns).index(True)
+        # On NCCL, all ranks of a group take part in its first operation, or wait for ever: it must not be the first
+        # pass's, in which stages behind the one that aligns have no part.
+        here = torch.tensor(mesh.pp.rank if aligns else 0, device=mesh.device)
+        self.align_stage = int(mesh.pp.sum(here))
         self.stage = Stage(model, mesh.pp, carrier)
         self.link = Link(mesh.pp, mesh.device, carrier)
 

@@ -1,5 +1,7 @@
 """ZeRO stages 1-3 on DeepSpeed: optimizer state, gradients and, at stage 3, parameters are partitioned."""
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from pretrain.models.architectures import LayerSpec
 from pretrain.models.model import Output, VisionLanguageModel
 from pretrain.optim import BoundedAdamW, build_optimizer
 from pretrain.parallel.engine import Fragment, Inputs, StepResult
-from pretrain.parallel.mesh import Axis, Mesh, training_dtype
+from pretrain.parallel.mesh import TIMEOUT, Axis, Mesh, training_dtype
 from pretrain.parallel.negatives import with_pulls
 from pretrain.parallel.tensor import Part, build_part
 
@@ -59,7 +61,8 @@ class ZeroEngine:
         # DeepSpeed's declared types are wider than what it returns here.
         self.engine: Any
         self.optimizer: Any
-        self.engine, self.optimizer, *_ = self._initialize(optimizer, settings, topology)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints stages, and memory
+            self.engine, self.optimizer, *_ = self._initialize(optimizer, settings, topology)
         self._prime_optimizer()
         self.applied_steps = 0
 
@@ -187,8 +190,7 @@ def _group_of(axis: Axis, world: Axis) -> Any:
     """DeepSpeed wants a group even for a rank alone on its axis."""
     if axis.group is not None or world.size == 1:
         return axis.group
-    groups = [dist.new_group([rank]) for rank in range(world.size)]
-    return groups[world.rank]
+    return dist.new_group([world.rank], timeout=TIMEOUT, use_local_synchronization=True)
 
 
 def deepspeed_settings(config: Config, mesh: Mesh, micro_batch_per_rank: int) -> dict[str, Any]:

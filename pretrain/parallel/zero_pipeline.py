@@ -1,7 +1,5 @@
 """ZeRO stage 1 on each stage of a pipeline: DeepSpeed runs the micro-batches through the stages, and the optimizer."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +30,11 @@ class ZeroPipelineEngine(ZeroEngine):
                 unused = nn.Parameter(torch.zeros(1, dtype=training_dtype(self.config.engine, mesh.device)))
                 self.pipeline.stage.unused.append(unused)
                 group["params"].append(unused)
-        # Else it cuts what it sends over the tensor-parallel ranks, as if that were a matrix.
+        # Every tensor-parallel rank sends whole parcels. By default each sends a share, and all gather them again.
         settings = settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         deepspeed.init_distributed(verbose=False)  # it takes over the process group that is there
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints each stage
-            module = PipelineModule(stages, topology=ranks, partition_method="uniform")
-            return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        module = PipelineModule(stages, topology=ranks, partition_method="uniform")
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
     def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
         for group in self.optimizer.param_groups:

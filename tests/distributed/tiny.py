@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -52,6 +52,14 @@ def tiny_config(**changes: Any) -> Config:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return parse_config(tree, "tiny")
+
+
+class Point(NamedTuple):
+    """What an optimizer step says of itself."""
+
+    losses: list[float]
+    norm: float
+    counts: list[list[int]]  # right answers and questions, by objective
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,8 @@ def tiny_engine(mesh: Mesh, config: Config) -> Engine:
     return build_engine(config, mesh, vocabulary=VOCABULARY, pad_id=PAD, micro_batch_per_rank=micro_batch)
 
 
-def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None = None, first: int = 0) -> list[Any]:
-    """(losses, gradient norm) of each step of the configured engine."""
+def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None = None, first: int = 0) -> list[Point]:
+    """Each step of the configured engine."""
     engine = engine or tiny_engine(mesh, config)
     dp = mesh_of(mesh, config).dp
     curve = []
@@ -126,17 +134,18 @@ def engine_curve(mesh: Mesh, config: Config, steps: int, engine: Engine | None =
             micro_batches(step, config, dp.rank, dp.size),
             learning_rate(step, config.training.steps, config.optimizer),
         )
-        curve.append((result.losses.tolist(), result.gradient_norm))
+        curve.append(Point(result.losses.tolist(), result.gradient_norm, result.counts.tolist()))
     return curve
 
 
-def assert_same_curve(curve: list[Any], reference: list[Any]) -> None:
-    for (losses, norm), (expected_losses, expected_norm) in zip(curve, reference, strict=True):
-        assert losses == pytest.approx(expected_losses, abs=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-4)
+def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
+    for here, expected in zip(curve, reference, strict=True):
+        assert here.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert here.norm == pytest.approx(expected.norm, rel=1e-4)
+        assert here.counts == expected.counts
 
 
-def plain_curve(config: Config, steps: int) -> list[Any]:
+def plain_curve(config: Config, steps: int) -> list[Point]:
     """The same in plain PyTorch: one process, no engine, torch's own AdamW and clipping."""
     model = build_model(layer_specs(config, VOCABULARY), config, PAD, torch.device("cpu"))
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -149,15 +158,16 @@ def plain_curve(config: Config, steps: int) -> list[Any]:
     curve = []
     for step in range(steps):
         batches = micro_batches(step, config)
-        losses = torch.zeros(3)
+        losses, counts = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64)
         for batch in batches:
             output = model(**batch.tensors())
             (output.loss / len(batches)).backward()
             losses += output.losses / len(batches)
+            counts += output.counts
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.training.steps, config.optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        curve.append((losses.tolist(), float(norm)))
+        curve.append(Point(losses.tolist(), float(norm), counts.tolist()))
     return curve
