@@ -1,5 +1,6 @@
 """What a plan takes for granted of GPUs and of the links between them. Every figure names its source."""
 
+import math
 from dataclasses import dataclass
 
 from data_pipelines.errors import UserError
@@ -59,6 +60,6 @@ def find_gpu(text: str) -> Gpu:
             f"--gpu {text} is not known: give {', '.join(GPUS)}, or NAME:TFLOPS:GIB:NVLINK_GB_S:NETWORK_GB_S, such as "
             f"h100:989:79:450:50."
         ) from None
-    if min(tflops, memory, nvlink, network) <= 0:
-        raise UserError(f"--gpu {text} has a figure that is not above 0: all four must be.")
+    if not all(0 < figure < math.inf for figure in (tflops, memory, nvlink, network)):
+        raise UserError(f"--gpu {text} has a figure that is not above 0 and finite: all four must be.")
     return Gpu(name, tflops, memory, nvlink, network)

@@ -201,8 +201,9 @@ def test_any_gpu_can_be_described():
     for wrong in ("v100", "b1:2000:180", "b1:a:b:c:d"):
         with pytest.raises(UserError, match=f"--gpu {wrong} is not known"):
             find_gpu(wrong)
-    with pytest.raises(UserError, match="not above 0"):
-        find_gpu("b1:0:180:900:100")
+    for wrong in ("b1:0:180:900:100", "b1:nan:180:900:100", "b1:2000:180:inf:100", "b1:2000:180:900:-1"):
+        with pytest.raises(UserError, match=f"--gpu {wrong} has a figure that is not above 0 and finite"):
+            find_gpu(wrong)
 
 
 def test_the_vocabulary_is_read_from_the_tokenizer(tmp_path):
