@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def positive(text: str) -> int:
-    """Read a number of processes."""
+    """Read a count of processes, machines, GPUs or tokens."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
