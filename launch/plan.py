@@ -199,8 +199,8 @@ def best_layouts(config: Config, cluster: Cluster, vocabulary: int, count: int =
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
     free = config.objectives.contrastive.negatives == "global_batch"
     accumulations = [2**power for power in range(9)] if free else [config.training.accumulation]
-    for tp in _divisors(cluster.gpus_per_node):
-        for pp in [size for size in _divisors(cluster.world // tp) if size <= min(config.num_layers, 64)]:
+    for tp in divisors(cluster.gpus_per_node):
+        for pp in [size for size in divisors(cluster.world // tp) if size <= min(config.num_layers, 64)]:
             for accumulation in accumulations:
                 if pp > 1 and accumulation < pp:  # most of the pipeline would stand still
                     continue
@@ -233,8 +233,9 @@ def _loads(config: Config) -> bool:
     return True
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+def divisors(number: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def count_pieces(tokenizer: Path, given: int | None) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import yaml
 from data_pipelines.errors import UserError
 from distributed.tiny import tiny_config
 from launch.hardware import GPUS, find_gpu
-from launch.plan import VOCABULARY, Cluster, Plan, best_layouts, count_pieces, make_plan, objection
+from launch.plan import VOCABULARY, Cluster, Plan, best_layouts, count_pieces, divisors, make_plan, objection
 from launch.plan_report import run_plan
 from pretrain.accounting.layers import layers
 from pretrain.config import Config, load_config
@@ -167,6 +167,18 @@ def test_the_best_layouts_are_the_fastest_that_fit_and_do_the_same():
         assert plan.config.training == huge().training  # accumulation is part of the recipe
     given = planned(huge("engine.tensor_parallel=8"), CLUSTER)
     assert best[0].step_s < given.step_s
+
+
+def test_the_search_does_not_take_longer_the_more_gpus_there_are():
+    best_layouts(huge(), CLUSTER, VOCABULARY)
+    began = time.process_time()
+    best_layouts(huge(), Cluster(10_000_000, 8, GPUS["h100"]), VOCABULARY)
+    assert time.process_time() - began < 2
+
+
+def test_a_cluster_is_divided_in_every_way():
+    for number in range(1, 101):
+        assert divisors(number) == [size for size in range(1, number + 1) if number % size == 0]
 
 
 def test_accumulation_is_free_where_it_changes_nothing():
