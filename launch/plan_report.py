@@ -281,19 +281,22 @@ def summary(
             "gpu_hours": plan.hours * cluster.world,
         }
     found["best"] = [
-        {"overrides": _overrides(each).split(), "step_s": each.step_s, "memory_gib": each.memory_gib} for each in best
+        {"overrides": _overrides(each, config), "step_s": each.step_s, "memory_gib": each.memory_gib} for each in best
     ]
     if compared:
         found["compared"] = {name: {"predicted": p, "measured": m} for name, (p, m) in compared.items()}
     return found
 
 
-def _overrides(plan: Plan) -> str:
-    """A layout as overrides on a command line."""
+def _overrides(plan: Plan, config: Config) -> list[str]:
+    """A layout as overrides on a command line, of a run of this config."""
     engine = plan.config.engine
-    return (
-        f"engine.tensor_parallel={engine.tensor_parallel} engine.pipeline_parallel={engine.pipeline_parallel} "
-        f"engine.zero_stage={engine.zero_stage} "
-        f"engine.activation_checkpointing={str(engine.activation_checkpointing).lower()} "
-        f"training.accumulation={plan.layout.micro_steps}"
-    )
+    return [
+        # A degree that the config names has to give way; else it follows from the GPUs there are.
+        *([f"engine.data_parallel={plan.layout.data_parallel}"] if config.engine.data_parallel else []),
+        f"engine.tensor_parallel={engine.tensor_parallel}",
+        f"engine.pipeline_parallel={engine.pipeline_parallel}",
+        f"engine.zero_stage={engine.zero_stage}",
+        f"engine.activation_checkpointing={str(engine.activation_checkpointing).lower()}",
+        f"training.accumulation={plan.layout.micro_steps}",
+    ]

@@ -181,6 +181,16 @@ def test_a_cluster_is_divided_in_every_way():
         assert divisors(number) == [size for size in range(1, number + 1) if number % size == 0]
 
 
+@pytest.mark.parametrize("named", [[], ["engine.data_parallel=2048"]], ids=str)
+def test_the_overrides_of_a_best_layout_run_on_the_same_config(capsys, named):
+    said = json.loads(run(capsys, HUGE, *named, as_json=True)[1])
+    assert any("engine.tensor_parallel=2" not in best["overrides"] for best in said["best"])
+    for best in said["best"]:
+        again = planned(huge(*named, *best["overrides"]), CLUSTER)
+        assert objection(again.config, CLUSTER) is None
+        assert again.step_s == pytest.approx(best["step_s"])
+
+
 def test_accumulation_is_free_where_it_changes_nothing():
     config = huge("objectives.contrastive.negatives=global_batch", "training.global_batch=131072")
     best = best_layouts(config, Cluster(64, 8, GPUS["h100"]), VOCABULARY)
