@@ -9,7 +9,7 @@ from distributed.layouts import LAYOUTS
 from distributed.tiny import engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, read_run
 
-SAVED_AFTER, STEPS = 4, 8
+SAVED_AFTER, STEPS = 3, 6
 ONE_PROCESS = "ZeRO-0, 1 rank"
 
 

@@ -36,8 +36,8 @@ def tiny_config(**changes: Any) -> Config:
         "model": {
             "size": "tiny",
             "image": {"size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2},
-            "text": {"length": 12, "width": 32, "depth": 2, "heads": 2},
-            "fusion": {"depth": 2, "heads": 2},
+            "text": {"length": 12, "width": 32, "depth": 1, "heads": 2},
+            "fusion": {"depth": 1, "heads": 2},
             "embed": 16,
         },
         "objectives": {"matching": {"pool": GRAIN}},

@@ -58,7 +58,7 @@ def test_one_pass_equals_one_pass_an_objective():
     batch = samples(torch.arange(8))
     output = model(**batch.tensors())
     B = 8
-    after_text, aligned = flows["text_block_1"], flows["align"]
+    after_text, aligned = flows["text_block_0"], flows["align"]
     image = flows["image_norm"].image
 
     def fuse(text_rows, image_rows):
