@@ -101,12 +101,8 @@ def objection(config: Config, cluster: Cluster) -> str | None:
             f"engine.tensor_parallel {tp} does not divide the {cluster.gpus_per_node} GPUs of a node: set it to a "
             f"divisor."
         )
-    known = tp * pp * (engine.data_parallel or 1)
-    if cluster.world % known or (engine.data_parallel and cluster.world != known):
-        return (
-            f"engine.data_parallel {engine.data_parallel or 'null'} x engine.tensor_parallel {tp} x "
-            f"engine.pipeline_parallel {pp} does not make up the {cluster.world:,} GPUs of the run: change one of them."
-        )
+    if misfit := engine.misfit(cluster.world, "GPUs"):
+        return misfit
     dp = cluster.world // (tp * pp)
     share = dp * training.accumulation * grain
     if training.global_batch % share:

@@ -195,6 +195,21 @@ class EngineConfig(Section):
     offload: Literal["none", "cpu"] = "none"
     """cpu: optimizer state lives in host memory, and is updated there."""
 
+    def misfit(self, world: int, ranks: str = "processes") -> str | None:
+        """Why the degrees do not make up so many ranks, in one sentence; None if they do."""
+        product = self.tensor_parallel * self.pipeline_parallel * (self.data_parallel or 1)
+        degrees = f"engine.tensor_parallel {self.tensor_parallel} x engine.pipeline_parallel {self.pipeline_parallel}"
+        if self.data_parallel:
+            fits, degrees, must = product == world, f"engine.data_parallel {self.data_parallel} x {degrees}", "make up"
+        else:
+            fits, must = world % product == 0, "divide"
+        if fits:
+            return None
+        return (
+            f"{degrees} = {product:,} does not {must} the {world:,} {ranks} of the run: change one of them, or take "
+            f"another number of {ranks}."
+        )
+
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
         if self.offload == "cpu" and self.zero_stage == 0:

@@ -87,17 +87,10 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
     Raises:
         ConfigError: the configured degrees do not make up the processes of the world, or a node cuts a tp axis.
     """
+    if misfit := engine.misfit(world.size):
+        raise ConfigError(misfit)
     tp_size, pp_size = engine.tensor_parallel, engine.pipeline_parallel
-    dp_size = engine.data_parallel or max(world.size // (tp_size * pp_size), 1)
-    if dp_size * tp_size * pp_size != world.size:
-        degrees = f"engine.tensor_parallel {tp_size} x engine.pipeline_parallel {pp_size}"
-        product, must = tp_size * pp_size, "divide"
-        if engine.data_parallel:
-            degrees, product, must = f"engine.data_parallel {dp_size} x {degrees}", dp_size * product, "make up"
-        raise ConfigError(
-            f"{degrees} = {product} does not {must} the {world.size} processes of the run: change one of them, or "
-            f"start another number of processes."
-        )
+    dp_size = world.size // (tp_size * pp_size)
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     if node_size % tp_size:
         raise ConfigError(

@@ -138,7 +138,17 @@ def test_the_report_names_every_part(capsys):
             Cluster(2, 6, GPUS["h100"]),
             "engine.tensor_parallel 4 does not divide the 6 GPUs",
         ),
-        (["engine.data_parallel=3"], CLUSTER, "engine.data_parallel 3 x engine.tensor_parallel 2 x"),
+        (
+            ["engine.data_parallel=3"],
+            CLUSTER,
+            "engine.data_parallel 3 x engine.tensor_parallel 2 x engine.pipeline_parallel 1 = 6 does not make up the "
+            "4,096 GPUs of the run: change one of them, or take another number of GPUs.",
+        ),
+        (
+            ["engine.pipeline_parallel=3", "engine.zero_stage=1"],
+            CLUSTER,
+            "engine.tensor_parallel 2 x engine.pipeline_parallel 3 = 6 does not divide the 4,096 GPUs of the run",
+        ),
         (["training.global_batch=32784"], CLUSTER, "training.global_batch 32,784 does not divide into whole grains"),
         (["training.global_batch=32768"], Cluster(1, 8, GPUS["a100"]), "GiB at its fullest, and a GPU of 79 GiB"),
     ],
