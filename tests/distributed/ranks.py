@@ -28,6 +28,8 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
         """Calls `function(mesh, *arguments)` on every rank; returns what each returned, in the order of ranks."""
+        if not all(process.is_alive() for process in self.processes):
+            self.stop()
         if not self.processes:
             self._start()
         for pipe in self.pipes:
