@@ -31,15 +31,13 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import ALONE, Axis, Mesh, start_mesh, stop_mesh, training_dtype
 
-STEPS = 4  # the first compares gradients; later ones also what was done with them
+STEPS = 3  # the first compares gradients; later ones also what was done with them
 RATE = 1e-4  # without warmup: an update moves a loss of the copy by a few tenths
-# Relative differences. In fp32 sums are only taken in another order, and sound layouts differ by about 1e-6. In bf16 a
-# number has 8 bits: losses of sound layouts differ by up to 2 %, gradient norms by 10 % (sigmoid; softmax 5 %).
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.25}
+# Relative differences of losses, and of gradient norms. In fp32 sums are only taken in another order, and sound layouts
+# differ by about 1e-6. In bf16 a number has 8 bits: losses differ by up to 2 % (sigmoid 6 %), norms by 1.5 % (9 %).
+TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.15, 0.2)}
+NORM = "gradient norm"
 PAD = 0
-# ZeRO-3 keeps parameters of less than 1e5 elements on every rank: with two heads this wide, or tensor_parallel of them,
-# the perceptrons' matrices are above that, and are partitioned and gathered as in the whole model.
-HEAD_WIDTH = 112
 SIZES_MIB = (1, 8, 64)
 REPETITIONS = 5
 SLOW = 0.8  # of the median
@@ -82,7 +80,7 @@ class Comparison:
     """Curves of all ranks beside that of one process."""
 
     name: str
-    tolerance: float
+    precision: str
     reference: Curve
     curves: Sequence[Curve]  # in the order of ranks
 
@@ -94,21 +92,26 @@ class Comparison:
                     difference = abs(value - expected[name]) / max(abs(expected[name]), 1e-6)
                     yield difference if math.isfinite(difference) else math.inf, rank, step, name
 
+    def allowed(self, name: str) -> float:
+        """The largest difference of a quantity that is no problem."""
+        losses, norms = TOLERANCES[self.precision]
+        return norms if name == NORM else losses
+
     def largest(self) -> dict[str, float]:
         """The largest difference of each quantity."""
         return {name: max(d for d, _, _, n in self.differences() if n == name) for name in self.reference[0]}
 
     def problem(self, hosts: Sequence[str]) -> str | None:
         """The first difference that is too large, as a sentence."""
-        excess = [found for found in self.differences() if found[0] > self.tolerance]
+        excess = [found for found in self.differences() if found[0] > self.allowed(found[3])]
         if not excess:
             return None
         difference, rank, step, name = min(excess, key=lambda found: (found[2], -found[0]))
         return (
             f"{self.name}: {name} of step {step + 1} is {self.curves[rank][step][name]:.6g} on rank {rank} of "
             f"{hosts[rank]} and {self.reference[step][name]:.6g} in one process; they differ by {difference:.1e}, and "
-            f"{self.tolerance:g} is allowed: run the doctor on fewer hosts, then with engine.zero_stage=0, then with "
-            f"tensor_parallel and pipeline_parallel 1, until they agree, to find the part that is wrong."
+            f"{self.allowed(name):g} is allowed: run the doctor on fewer hosts, then with engine.zero_stage=0, then "
+            f"with tensor_parallel and pipeline_parallel 1, until they agree, to find the part that is wrong."
         )
 
 
@@ -123,41 +126,45 @@ def compare(config: Config, mesh: Mesh) -> list[Comparison]:
     alone = everyone(curve_alone(copy, mesh.device))
     comparisons = []
     if mesh.world.size > 1:  # a rank that errs by itself
-        comparisons.append(Comparison("rank alone", TOLERANCES["fp32"], alone[0], alone))
+        comparisons.append(Comparison("rank alone", "fp32", alone[0], alone))
     in_bf16 = training_dtype(config.engine, mesh.device) == torch.bfloat16
     for precision in ("fp32", "bf16") if in_bf16 else ("fp32",):
         curves = everyone(curve_of_layout(_with(copy, "engine", precision=precision), mesh))
-        comparisons.append(Comparison(precision, TOLERANCES[precision], alone[0], curves))
+        comparisons.append(Comparison(precision, precision, alone[0], curves))
     return comparisons
 
 
 def shrink(config: Config, dp_size: int) -> Config:
     """The config with a small model and small batches: every kind of layer, and as many as there are stages.
 
-    The engine, the objectives and the optimizer stay as they are, and a pool of hard negatives has as many grains as
-    before: it lies on one rank, or on several.
+    The engine, the objectives and the optimizer stay as they are. A pool of hard negatives lies on one rank, or on as
+    many as before. Beyond 16 ranks, each takes as few samples as that allows, since one process has to take them all.
     """
     tree, model, engine = config.model_dump(mode="json"), config.model, config.engine
     heads = max(2, engine.tensor_parallel)
+    # ZeRO-3 keeps parameters of up to 1e5 elements on every rank: a perceptron's matrix, 4 width^2 over tensor_parallel
+    # ranks, is just above that, and is partitioned and gathered as in the whole model.
+    width = heads * (math.isqrt(25_000 * engine.tensor_parallel) // heads + 1)
     for name in ("image", "text", "fusion"):
         if (tower := getattr(model, name)) is not None:
             tree["model"][name] |= {"depth": min(tower.depth, max(2, engine.pipeline_parallel)), "heads": heads}
-    tree["model"]["image"] |= {"size": 16, "patch": 8, "width": heads * HEAD_WIDTH}
-    tree["model"]["text"] |= {"length": min(model.text.length, 12), "width": heads * HEAD_WIDTH}
+    tree["model"]["image"] |= {"size": 16, "patch": 8, "width": width}
+    tree["model"]["text"] |= {"length": min(model.text.length, 6), "width": width}
     tree["model"]["embed"] = min(model.embed, 32)
 
-    matching, grain = config.objectives.matching, min(config.data.grain, 4)
-    grains_in_pool = 1
+    matching, many = config.objectives.matching, dp_size > 16
+    grain, grains_in_pool = min(config.data.grain, 2 if many else 4), 1
+    if matching and matching.pool > config.data.grain:
+        grain = 1 if many else grain
+        grains_in_pool = min(matching.pool // config.data.grain, max(2, dp_size))
     if matching:
         grain = min(matching.pool, grain)
-        grains_in_pool = max(1, matching.pool // config.data.grain)
         tree["objectives"]["matching"]["pool"] = grain * grains_in_pool
     tree["data"]["grain"] = grain
-    accumulation = min(config.training.accumulation, 2 * engine.pipeline_parallel)
-    tree["training"] |= {
-        "accumulation": accumulation,
-        "global_batch": accumulation * grain * 2 * math.lcm(dp_size, grains_in_pool),
-    }
+    # One micro-step more than stages: each then goes back and forth in turn for a while.
+    accumulation = min(config.training.accumulation, engine.pipeline_parallel + 1)
+    grains = math.lcm(dp_size, grains_in_pool) * (1 if many else 2)
+    tree["training"] |= {"accumulation": accumulation, "global_batch": accumulation * grain * grains}
     return parse_config(tree, source="the doctor's copy")
 
 
@@ -170,7 +177,11 @@ def make_batches(step: int, config: Config, dp: Axis) -> list[Batch]:
 
 
 def curve_alone(config: Config, device: torch.device) -> Curve:
-    """The steps in plain PyTorch: one process, one model, fp32, no engine."""
+    """The steps in plain PyTorch: one process, one model, fp32, no engine.
+
+    It takes every rank's samples. With tensor_parallel 1 one takes about 1.2 MB, and 5 ms of a processor core a step:
+    for 2,048 ranks of two samples that is 5 GB and a minute and a half on one core.
+    """
     if config.objectives.contrastive.negatives == "global_batch":
         config = _with(config, "training", accumulation=1)  # which is what it means
     model = build_model(layer_specs(config, _vocabulary(config)), config, PAD, device)
@@ -297,7 +308,7 @@ def _make_batch(grains: Sequence[int], config: Config) -> Batch:
 
 def _point(losses: Tensor, norm: float, config: Config) -> dict[str, float]:
     by_objective = zip(OBJECTIVES, losses.tolist(), strict=True)
-    return {name: loss for name, loss in by_objective if getattr(config.objectives, name)} | {"gradient norm": norm}
+    return {name: loss for name, loss in by_objective if getattr(config.objectives, name)} | {NORM: norm}
 
 
 def _operations(part: Tensor, whole: Tensor, group: Group) -> dict[str, Callable[[], object]]:
@@ -336,12 +347,12 @@ def _describe(config: Config, mesh: Mesh, hosts: Sequence[str]) -> str:
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table(title="Relative difference from one process, the largest of all ranks and steps", box=box.SIMPLE_HEAD)
     quantities = list(comparisons[0].reference[0])
-    for heading in ("", *quantities, "allowed"):
+    for heading in ("", *quantities, "allowed", "of the norm"):
         table.add_column(heading, justify="right" if heading else "left")
     for comparison in comparisons:
         largest = comparison.largest()
         figures = (f"{largest[name]:.1e}" for name in quantities)
-        table.add_row(comparison.name, *figures, f"{comparison.tolerance:g}")
+        table.add_row(comparison.name, *figures, *(f"{limit:g}" for limit in TOLERANCES[comparison.precision]))
     return table
 
 

@@ -59,12 +59,29 @@ def test_zero_3_partitions_the_copys_large_matrices(tensor_parallel):
         assert 4 * width**2 / tensor_parallel > 1e5  # DeepSpeed's stage3_param_persistence_threshold
 
 
-@pytest.mark.parametrize(("grain", "pool", "grains"), [(16, 8, 1), (16, 16, 1), (16, 64, 4), (2, 2, 1), (8, 256, 32)])
-def test_a_pool_of_several_grains_has_as_many_in_the_copy(grain, pool, grains):
+@pytest.mark.parametrize(("grain", "pool", "grains"), [(16, 8, 1), (16, 16, 1), (16, 64, 4), (2, 2, 1), (8, 256, 4)])
+def test_a_pool_of_several_grains_has_as_many_in_the_copy_up_to_one_a_rank(grain, pool, grains):
     copy = shrink(tiny_config(**BIG | {"data__grain": grain, "objectives__matching__pool": pool}), dp_size=4)
     assert copy.objectives.matching is not None
     assert copy.objectives.matching.pool == copy.data.grain * grains
     assert copy.training.global_batch // copy.training.accumulation // copy.data.grain % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 2),
+        (DUAL_ENCODER, 2),
+        ({"objectives__contrastive__negatives": "global_batch", "training__accumulation": 2}, 4),
+        ({"objectives__matching__pool": 64}, 1),
+        ({"objectives__matching__pool": 32 * 4096}, 1),
+        ({"engine__pipeline_parallel": 4, "engine__zero_stage": 1, "training__accumulation": 8}, 10),
+    ],
+)
+def test_thousands_of_ranks_take_few_samples_each(changes, most):
+    plenty = {"training__global_batch": 32 * 4096 * 8, "training__accumulation": 1}
+    copy = shrink(tiny_config(**BIG | plenty | changes), dp_size=4096)
+    assert copy.training.global_batch == most * 4096
 
 
 def test_ranks_read_together_what_one_process_reads():
@@ -91,9 +108,9 @@ def test_samples_are_no_special_case():
     assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(len(ids)))
 
 
-def comparison(*norms):
+def comparison(*norms, precision="fp32"):
     curves = [[{"matching": 0.7, "gradient norm": 2.0}, {"matching": 0.6, "gradient norm": norm}] for norm in norms]
-    return Comparison("fp32", 1e-4, curves[0], curves)
+    return Comparison(precision, precision, curves[0], curves)
 
 
 def test_equal_curves_are_no_problem():
@@ -107,6 +124,14 @@ def test_a_rank_that_differs_is_named_with_both_figures_and_what_to_do(norm):
     assert problem.startswith(f"fp32: gradient norm of step 2 is {norm:.6g} on rank 2 of b and 3 in one process")
     assert "0.0001 is allowed" in problem
     assert "engine.zero_stage=0" in problem
+
+
+@pytest.mark.parametrize(("loss", "norm", "wrong"), [(0.65, 3.5, None), (0.7, 3, "matching"), (0.6, 3.7, "gradient")])
+def test_in_bf16_a_norm_may_differ_more_than_a_loss(loss, norm, wrong):
+    found = comparison(3.0, norm, precision="bf16")
+    found.curves[1][1]["matching"] = loss
+    problem = found.problem(["a", "b"])
+    assert problem is None if wrong is None else problem is not None and problem.startswith(f"bf16: {wrong}")
 
 
 def test_a_slow_rank_is_named_with_its_host_and_both_figures():
