@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pretrain.accounting.layers import LayerCost, contrasted, images_held, masked_slots
 from pretrain.accounting.memory import PERSISTENT, PREFETCH, REDUCE_BUCKET, released, value_bytes
-from pretrain.accounting.stages import Layout, towers, two_passes
+from pretrain.accounting.stages import Layout, first_pass, two_passes
 from pretrain.config import Config
 
 
@@ -52,6 +52,10 @@ def transfers(
         steps = layout.micro_steps
         size = layout.micro_batch * steps * sum(borders)  # activations to the next stage, gradients to the one before
         found.append(Transfer("activations and their gradients", "point-to-point", "pp", size, 2 * steps))
+        if first_pass(config, costs[-1:]):  # these layers end inside the towers: the next stage has a part in it too
+            rows = 1 if costs[-1].name.startswith("text_") else 0
+            size = layout.micro_batch * steps * _tokens(config, rows, gpu)
+            found.append(Transfer("activations of the first pass", "point-to-point", "pp", size, steps))
     return found
 
 
@@ -78,8 +82,8 @@ def _weight_transfers(config: Config, costs: Sequence[LayerCost], layout: Layout
             small = sum(size for size in sizes if size < PERSISTENT)
             cut = n - small
             gathered = cut + released(config, cut)
-            if two_passes(config):
-                gathered += sum(weight.elements(layout.tensor_parallel) for c in towers(costs) for weight in c.weights)
+            again = [weight for cost, _ in first_pass(config, costs) for weight in cost.weights]
+            gathered += sum(weight.elements(layout.tensor_parallel) for weight in again)
             fetches = math.ceil(gathered / PREFETCH)
             return [
                 Transfer("weights", "all-gather", "dp", width * gathered * steps, fetches * steps, overlapped=True),
@@ -120,10 +124,11 @@ def _shard_transfers(config: Config, costs: Sequence[LayerCost], layout: Layout,
     elements = sum(cost.shards_entered + cost.shards_left for cost in costs)
     if again:
         elements += sum(cost.shards_left - cost.footprint.input for cost in costs if cost.recomputed_flops)
-    if two_passes(config):
-        elements += sum(cost.shards_left for cost in towers(costs))
+    before = first_pass(config, costs)
+    elements += sum(share * cost.shards_left for cost, share in before)
     size = value_bytes(config, gpu) * B * steps * elements
     messages = steps * sum(4 + again for cost in costs if cost.recomputed_flops)
+    messages += steps * sum(2 for cost, _ in before if cost.recomputed_flops)
     found = [Transfer("activations of cut matrices", "all-reduce", "tp", size, messages)]
     if costs[-1].name == "masked_lm_head":
         size = 20 * B * steps * masked_slots(config)  # two sums and a maximum in fp32, one of int64
@@ -140,11 +145,15 @@ def parcel(config: Config, costs: Sequence[LayerCost], border: int, gpu: bool = 
         return 0
     names = {cost.name for cost in costs[:border]}
     model, objectives = config.model, config.objectives
-    L, width = model.text.length, value_bytes(config, gpu)
-    image, text = model.image.num_patches * model.image.width, L * model.text.width
-    if "align" in names:
-        rows = 3 * (objectives.matching is not None) + (objectives.masked_lm is not None)
-        ids = rows * (L + 1) + 3 * (objectives.matching is not None)
-        return width * (image * images_held(config) + rows * text) + 8 * ids + 2 * 4 * model.embed
-    rows = (1 + (objectives.masked_lm is not None)) if "text_embed" in names else 0
-    return width * (image + rows * text)
+    if "align" not in names:
+        rows = (1 + (objectives.masked_lm is not None)) if "text_embed" in names else 0
+        return _tokens(config, rows, gpu)
+    rows = 3 * (objectives.matching is not None) + (objectives.masked_lm is not None)
+    ids = rows * (model.text.length + 1) + 3 * (objectives.matching is not None)
+    return _tokens(config, rows, gpu, images_held(config)) + 8 * ids + 2 * 4 * model.embed
+
+
+def _tokens(config: Config, rows: int, gpu: bool, images: int = 1) -> float:
+    """Bytes a sample of so many captions' and images' tokens."""
+    image, text = config.model.image, config.model.text
+    return value_bytes(config, gpu) * (images * image.num_patches * image.width + rows * text.length * text.width)

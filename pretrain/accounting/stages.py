@@ -68,7 +68,7 @@ def step_flops(config: Config, costs: Sequence[LayerCost]) -> float:
     """FLOPs a sample that a training step executes: three forward passes' and what is computed again."""
     again = config.engine.activation_checkpointing
     flops = sum(3 * cost.forward_flops + (cost.recomputed_flops if again else 0) for cost in costs)
-    return flops + (sum(cost.forward_flops for cost in towers(costs)) if two_passes(config) else 0)
+    return flops + sum(share * cost.forward_flops for cost, share in first_pass(config, costs))
 
 
 def two_passes(config: Config) -> bool:
@@ -76,6 +76,12 @@ def two_passes(config: Config) -> bool:
     return config.objectives.contrastive.negatives == "global_batch"
 
 
-def towers(costs: Sequence[LayerCost]) -> list[LayerCost]:
-    """What runs once more, without gradient, to contrast the global batch; on the clean captions alone."""
-    return [cost for cost in costs if cost.name.startswith(("image_", "text_"))]
+def first_pass(config: Config, costs: Sequence[LayerCost]) -> list[tuple[LayerCost, float]]:
+    """What runs once more, without gradient, to contrast the global batch, and on which share of a layer's rows.
+
+    Masked captions, half of the text tower's rows, are left out.
+    """
+    if not two_passes(config):
+        return []
+    shares = {"image_": 1.0, "text_": 1.0 if config.objectives.masked_lm is None else 0.5}
+    return [(cost, share) for cost in costs for tower, share in shares.items() if cost.name.startswith(tower)]

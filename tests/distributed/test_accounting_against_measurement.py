@@ -245,6 +245,12 @@ def sent(mesh, config) -> dict[tuple[str, str], float]:
     return dict(sums)
 
 
+PP = {"engine__pipeline_parallel": 2}
+GLOBAL_NEGATIVES = {"objectives__contrastive": {"negatives": "global_batch"}}
+MOSTLY_TEXT = {  # the more so, the more masked captions would count
+    "model__image": {"size": 16, "patch": 8, "width": 64, "depth": 1, "heads": 4},
+    "model__text": {"length": 24, "width": 96, "depth": 6, "heads": 4},
+}
 WAYS = [
     TP,
     TP | CHECKPOINTING,
@@ -253,6 +259,7 @@ WAYS = [
     {"objectives__matching": {"pool": 32}},
     {"engine__pipeline_parallel": 2},
     {"engine__pipeline_parallel": 2} | TP,
+    *[GLOBAL_NEGATIVES | MOSTLY_TEXT | more for more in (TP, PP, {"engine__pipeline_parallel": 4})],
 ]
 
 

@@ -10,7 +10,7 @@ from data_pipelines.masking import num_masked_slots
 from distributed.tiny import PAD, VOCABULARY, samples, tiny_config
 from pretrain.accounting import memory
 from pretrain.accounting.layers import Weight, layers, masked_slots
-from pretrain.accounting.stages import cut_evenly, stages
+from pretrain.accounting.stages import cut_evenly, stages, step_flops
 from pretrain.models.architectures import layer_specs
 from pretrain.models.model import build_model
 from pretrain.objectives import contrastive
@@ -87,6 +87,21 @@ def test_global_negatives_contrast_the_whole_batch():
 
     more = flops(objectives__contrastive={"negatives": "global_batch"}) - flops()
     assert more == 2 * 2 * 16 * (32 - 16)  # both directions, E = 16, a batch of 32 in two micro-steps
+
+
+@pytest.mark.parametrize("changes", [UNEQUAL, UNEQUAL | {"objectives__masked_lm": None}], ids=str)
+def test_the_first_pass_over_a_global_batch_costs_what_pytorch_counts_without_masked_captions(changes):
+    B = 8
+    settings = {"training__global_batch": B, "training__accumulation": 1} | changes
+    config = tiny_config(**settings, objectives__contrastive={"negatives": "global_batch"})
+    model = build_model(layer_specs(config, VOCABULARY), config, PAD, torch.device("cpu"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.embed(**samples(torch.arange(B)).tensors())
+    costs = layers(config, VOCABULARY)
+    projections = 2 * config.model.embed * (config.model.image.width + config.model.text.width)
+    more = step_flops(config, costs) - 3 * sum(cost.forward_flops for cost in costs)
+    assert more + projections == counter.get_total_flops() / B
 
 
 def test_as_many_logits_exist_at_a_time_as_the_loss_makes():
