@@ -7,6 +7,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import deepspeed
@@ -25,10 +26,11 @@ from pretrain.parallel.build import build_engine
 
 VOCABULARY = 2000
 SIZES = {
-    "model__image": {"size": 64, "patch": 8, "width": 256, "depth": 4, "heads": 4},
-    "model__text": {"length": 24, "width": 192, "depth": 2, "heads": 4},
-    "model__fusion": {"depth": 2, "heads": 4},
+    "model__image": {"size": 32, "patch": 4, "width": 192, "depth": 2, "heads": 4},  # above 182, ZeRO-3 cuts matrices
+    "model__text": {"length": 24, "width": 160, "depth": 2, "heads": 4},
+    "model__fusion": {"depth": 1, "heads": 4},
     "model__embed": 64,
+    "training__global_batch": 16,
 }
 
 
@@ -118,13 +120,14 @@ def peak_bytes(mesh, config) -> float:
         gc.collect()
         with record_function("second step"):
             engine.step(batches, 1e-4)
-    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    profiler: Any = profiled.profiler
+    events = profiler.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == "second step")
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     held, peak = 0, 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held if event.start_ns() >= begin else 0)
+    for time_ns, change in sorted(changes, key=itemgetter(0)):
+        held += change
+        peak = max(peak, held if time_ns >= begin else 0)
     return peak
 
 
@@ -133,19 +136,16 @@ TP = {"engine__tensor_parallel": 2}
 LAYOUTS = [
     *[{"engine__zero_stage": stage} for stage in (0, 1, 2)],
     {"engine__zero_stage": 0} | CHECKPOINTING,
-    {"engine__zero_stage": 0} | TP,
-    *[{"engine__zero_stage": 3} | more for more in ({}, CHECKPOINTING, TP)],
+    *[{"engine__zero_stage": 3} | more for more in ({}, CHECKPOINTING, TP | {"training__global_batch": 32})],
     {"engine__zero_stage": 1} | TP | CHECKPOINTING,
-    {"engine__zero_stage": 2, "training__accumulation": 1, "training__global_batch": 8},
-    {"engine__zero_stage": 0, "training__accumulation": 1, "objectives__masked_lm": None},
+    {"engine__zero_stage": 2, "training__accumulation": 1, "objectives__masked_lm": None},
     *[{"engine__zero_stage": stage, "engine__pipeline_parallel": 2} for stage in (0, 1)],
 ]
 
 
 IN_BF16 = {  # short rows: a CPU without bf16 instructions is slow
-    "model__image": {"size": 16, "patch": 8, "width": 256, "depth": 3, "heads": 4},
-    "model__text": {"length": 12, "width": 192, "depth": 1, "heads": 4},
-    "model__fusion": {"depth": 1, "heads": 4},
+    "model__image": {"size": 16, "patch": 8, "width": 192, "depth": 2, "heads": 4},
+    "model__text": {"length": 12, "width": 160, "depth": 1, "heads": 4},
     "engine__precision": "bf16",
     "training__global_batch": 8,
     "training__accumulation": 1,
@@ -156,7 +156,7 @@ LAYOUTS += [IN_BF16 | {"engine__zero_stage": stage} for stage in (0, 2, 3, 1)]
 
 @pytest.mark.parametrize("changes", LAYOUTS, ids=str)
 def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
-    config = tiny_config(**SIZES | {"training__global_batch": 32} | changes)
+    config = tiny_config(**SIZES | changes)
     layout, costs = layout_of(config, 2), layers(config, VOCABULARY)
     measured = two_ranks.run(peak_bytes, config)
     for rank, bytes_held in enumerate(measured):
@@ -200,8 +200,7 @@ def by_kind(found: list[Transfer]) -> dict[str, float]:
     return dict(sums)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("stage", "checkpointing"), [(1, True), (2, False), (3, False), (3, True)])
 def test_zero_exchanges_the_bytes_that_deepspeeds_own_log_shows(two_ranks, stage, checkpointing):
     config = tiny_config(**SIZES, engine__zero_stage=stage, engine__activation_checkpointing=checkpointing)
     layout = layout_of(config, 2)
@@ -252,20 +251,16 @@ MOSTLY_TEXT = {  # the more so, the more masked captions would count
     "model__text": {"length": 24, "width": 96, "depth": 6, "heads": 4},
 }
 WAYS = [
-    TP,
     TP | CHECKPOINTING,
-    {"objectives__contrastive": {"loss": "sigmoid"}},
-    {"objectives__contrastive": {"negatives": "global_batch"}} | TP,
-    {"objectives__matching": {"pool": 32}},
-    {"engine__pipeline_parallel": 2},
-    {"engine__pipeline_parallel": 2} | TP,
+    {"objectives__contrastive": {"loss": "sigmoid"}, "objectives__matching": {"pool": 16}},
+    PP | TP,
     *[GLOBAL_NEGATIVES | MOSTLY_TEXT | more for more in (TP, PP, {"engine__pipeline_parallel": 4})],
 ]
 
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)
 def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
-    config = tiny_config(**SIZES | {"engine__zero_stage": 0, "training__global_batch": 64} | changes)
+    config = tiny_config(**SIZES | {"engine__zero_stage": 0, "training__global_batch": 32} | changes)
     layout, costs = layout_of(config, 4), layers(config, VOCABULARY)
     measured: dict[tuple[str, str], float] = defaultdict(float)
     for one in four_ranks.run(sent, config):
