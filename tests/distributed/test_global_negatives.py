@@ -34,7 +34,7 @@ def test_more_micro_steps_are_the_whole_batch_too(one_rank, whole):
 
 def test_activation_checkpointing_changes_no_number(four_ranks, whole):
     config = tiny_config(
-        engine__zero_stage=3, engine__tensor_parallel=2, engine__activation_checkpointing=True, **GLOBAL_NEGATIVES
+        engine__zero_stage=1, engine__tensor_parallel=2, engine__activation_checkpointing=True, **GLOBAL_NEGATIVES
     )
     assert_same_curve(four_ranks.run(engine_curve, config, STEPS)[0], whole)
 

@@ -20,7 +20,7 @@ from distributed.tiny import (
 from pretrain.accounting.stages import stages
 from pretrain.models.architectures import layer_specs
 
-STEPS = 10
+STEPS = 6
 
 
 def pipeline(stages, zero_stage, **changes):

@@ -13,7 +13,7 @@ from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.matching import mine_hard_negatives
 from pretrain.parallel.mesh import Mesh
 
-STEPS = 10
+STEPS = 6
 G, GRAIN, FIRST = 32, 4, 96  # samples of a micro-step, and where it begins
 
 

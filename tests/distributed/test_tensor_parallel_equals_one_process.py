@@ -6,7 +6,7 @@ import torch
 from distributed.tiny import assert_same_curve, engine_curve, plain_curve, tiny_config, tiny_engine
 from pretrain.errors import ConfigError
 
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from distributed.tiny import assert_same_curve, engine_curve, plain_curve, tiny_config
 
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
