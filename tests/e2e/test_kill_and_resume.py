@@ -60,7 +60,6 @@ def test_the_same_ranks_repeat_every_digit(never_killed, killed, tmp_path):
     ("ranks", "layout"),
     [
         (1, []),
-        (4, []),
         (4, ["engine.tensor_parallel=2"]),
         (2, ["engine.pipeline_parallel=2", "engine.zero_stage=1"]),
         (4, ["engine.pipeline_parallel=2", "engine.zero_stage=0", "engine.data_parallel=2"]),
