@@ -7,6 +7,7 @@ another size or version than before, a server that ignores ranges.
 
 from __future__ import annotations
 
+import abc
 import errno
 import glob
 import os
@@ -227,7 +228,7 @@ class _Patience:
         time.sleep(min(max(delay_s, trouble.retry_after_s), left_s) if left_s > 0 else delay_s)
 
 
-class _RemoteFile:
+class _RemoteFile(abc.ABC):
     """What all remotes share: attempts, patience, and the size and version that have to stay."""
 
     def __init__(self, location: str, size: int | None, version: str, patience_s: float):
@@ -251,16 +252,16 @@ class _RemoteFile:
                 patience.wait(trouble, f"read at byte {offset + len(found):,}")
         return bytes(found)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing to do is right for all of them)
         pass  # connections belong to the process, not to a file
 
+    @abc.abstractmethod
     def _identify(self) -> None:
         """Finds size and version."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _fetch(self, start: int, stop: int, found: bytearray) -> None:
         """Appends bytes of [start, stop), in order and at least one, or raises _TransientError after what came."""
-        raise NotImplementedError
 
     def _compare(self, size: int, version: str) -> None:
         if self.size not in (-1, size) or (self.version and version and self.version != version):
@@ -302,9 +303,9 @@ class _RangedFile(_RemoteFile):
         if len(found) < after:
             raise _TransientError(f"the connection ended after {len(found) - before:,} of {after - before:,} bytes")
 
+    @abc.abstractmethod
     def _answer(self, filesystem: Any, path: str, byte_range: str) -> AbstractAsyncContextManager[_Answer]:
         """Asks for a range."""
-        raise NotImplementedError
 
     def _judge(self, answer: _Answer, start: int, stop: int) -> int:
         """The number of bytes that follow. Raises unless they are those from `start` on, of the file as it was."""
