@@ -10,6 +10,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+COLUMNS = (
+    *("images", "text", "masked_text", "masked_positions", "masked_targets"),
+    *("positions", "image_ids", "caption_ids"),
+)
 IGNORE = -100  # a masked slot that is not used; the target that cross-entropy skips
 
 

@@ -31,7 +31,7 @@ def share_of(size: int, group: Group) -> tuple[int, int]:
     return start, min(start + part, size)
 
 
-def gather(rows: Tensor, group: Group) -> Tensor:
+def all_gather(rows: Tensor, group: Group) -> Tensor:
     """Every rank's rows, in the order of ranks, without gradient. (B, ...) -> (G, ...)."""
     if group is None:
         return rows
@@ -40,21 +40,21 @@ def gather(rows: Tensor, group: Group) -> Tensor:
     return gathered
 
 
-def gather_with_gradient(rows: Tensor, group: Group) -> Tensor:
+def all_gather_with_gradient(rows: Tensor, group: Group) -> Tensor:
     """Every rank's rows; the backward pass returns to each rank the sum of all ranks' gradients for its rows.
 
     Averaged over ranks afterwards, as data parallelism does, the result is the gradient of the mean over ranks
     of their losses: nothing is counted twice, and nothing is lost (a gather without gradient loses the share
     that other ranks' rows contribute).
     """
-    return rows if group is None else _GatherWithGradient.apply(rows, group)
+    return rows if group is None else _AllGatherWithGradient.apply(rows, group)
 
 
-class _GatherWithGradient(Function):
+class _AllGatherWithGradient(Function):
     @staticmethod
     def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.group = group
-        return gather(rows, group)
+        return all_gather(rows, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,7 +80,7 @@ def find_route(wanted: Tensor, rows: int, group: Group) -> Route:
         rows: rows that a rank holds (B).
     """
     rank, size = row_offset(1, group), group_size(group)
-    everyone = gather(wanted, group).view(size, -1)  # (ranks, N)
+    everyone = all_gather(wanted, group).view(size, -1)  # (ranks, N)
     owners = everyone // rows
     from_here = owners == rank
     return Route(
@@ -95,14 +95,14 @@ def fetch(rows: Tensor, route: Route, group: Group) -> Tensor:
     """The rows that `route` was found for, each from the rank that holds it. (B, ...) -> (N, ...).
 
     The backward pass returns every row's gradients to its owner and adds them up there; as for
-    `gather_with_gradient`, their average over ranks is the gradient of the mean of all ranks' losses.
+    `all_gather_with_gradient`, their average over ranks is the gradient of the mean of all ranks' losses.
     """
     sent = rows[route.asked]
     received = sent if group is None else _Exchange.apply(sent, route.num_sent, route.num_received, group)
     return received[route.arrival]
 
 
-def pass_on(rows: Tensor, group: Group) -> Tensor:
+def ring_shift(rows: Tensor, group: Group) -> Tensor:
     """Hands rows to the next rank of the ring; returns those of the previous one. Without gradient."""
     size = group_size(group)
     if group is None or size == 1:
@@ -132,23 +132,23 @@ class _Exchange(Function):
         return returned, None, None, None
 
 
-def enter_shards(x: Tensor, group: Group) -> Tensor:
+def copy_to_tp(x: Tensor, group: Group) -> Tensor:
     """`x` itself, on its way into matrices that are cut over the group; the backward pass sums their gradients.
 
     Source: Shoeybi et al., Megatron-LM (2019), section 3, where it is called f.
     """
-    return x if group is None else _EnterShards.apply(x, group)
+    return x if group is None else _CopyToTP.apply(x, group)
 
 
-def leave_shards(x: Tensor, group: Group) -> Tensor:
+def reduce_from_tp(x: Tensor, group: Group) -> Tensor:
     """The sum of every rank's `x`, on its way out of matrices that are cut over the group; gradients pass as they are.
 
     Source: as above, where it is called g.
     """
-    return x if group is None else _LeaveShards.apply(x, group)
+    return x if group is None else _ReduceFromTP.apply(x, group)
 
 
-def maximum(x: Tensor, group: Group) -> Tensor:
+def all_reduce_max(x: Tensor, group: Group) -> Tensor:
     """The largest of every rank's `x`, element by element, without gradient."""
     if group is None:
         return x.detach()
@@ -157,7 +157,7 @@ def maximum(x: Tensor, group: Group) -> Tensor:
     return largest
 
 
-class _EnterShards(Function):
+class _CopyToTP(Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.group = group
@@ -170,7 +170,7 @@ class _EnterShards(Function):
         return grad, None
 
 
-class _LeaveShards(Function):
+class _ReduceFromTP(Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = x.contiguous().clone()

@@ -5,12 +5,12 @@ combination that cannot work with both keys and the fix. Imports no torch, so a 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section
 from pretrain.errors import ConfigError
@@ -49,33 +49,75 @@ class FusionConfig(Section):
     heads: int = Field(gt=0)
 
 
-def _towers(size: int, patch: int, width: int, depth: int, heads: int, *, length: int, embed: int) -> dict[str, Any]:
-    """The usual shape: a text stack as deep as the image tower, its upper half fused (ALBEF, section 3.1)."""
-    return {
-        "image": {"size": size, "patch": patch, "width": width, "depth": depth, "heads": heads},
-        "text": {"length": length, "width": width, "depth": depth // 2, "heads": heads},
-        "fusion": {"depth": depth // 2, "heads": heads},
-        "embed": embed,
-    }
+class DecoderConfig(Section):
+    """Causal text blocks that attend to learned queries of the image, and write captions; as wide as the text tower."""
+
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    queries: int = Field(gt=0)
+    """What the decoder sees of an image: so many pooled tokens."""
+
+
+class JointConfig(Section):
+    """Blocks over patches and captions in one row; as wide as the text tower."""
+
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+
+class Size(NamedTuple):
+    """What a size fills in."""
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    length: int
+    embed: int
 
 
 SIZES = {
-    "tiny": _towers(64, 8, 128, 4, 4, length=24, embed=64),
-    "small/16": _towers(224, 16, 384, 12, 6, length=32, embed=256),
-    "base/16": _towers(224, 16, 768, 12, 12, length=32, embed=256),
-    "large/16": _towers(224, 16, 1024, 24, 16, length=32, embed=512),
+    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64),
+    "small/16": Size(224, 16, 384, 12, 6, length=32, embed=256),
+    "base/16": Size(224, 16, 768, 12, 12, length=32, embed=256),
+    "large/16": Size(224, 16, 1024, 24, 16, length=32, embed=512),
+}
+
+
+class Choice(NamedTuple):
+    """An architecture, as far as the config knows it."""
+
+    module: str
+    """Where its list of layers is made."""
+    objectives: tuple[str, ...]
+    """What it can be trained with; all of it, unless the config says otherwise."""
+    sections: Callable[[Size], dict[str, Any]]
+    """Its depths beyond a text tower of none and an image tower of all blocks, by a size."""
+
+
+ARCHITECTURES = {
+    # Half of the text stack is fused (ALBEF, section 3.1).
+    "albef": Choice(
+        "pretrain.models.albef",
+        ("contrastive", "matching", "masked_lm"),
+        lambda size: {"text": {"depth": size.depth // 2}, "fusion": {"depth": size.depth // 2, "heads": size.heads}},
+    ),
+    "clip": Choice("pretrain.models.clip", ("contrastive",), lambda size: {"text": {"depth": size.depth}}),
 }
 
 
 class ModelConfig(Section):
     """The architecture and its size. `size` fills in whatever is not given."""
 
-    architecture: Literal["cross_attention", "dual_encoder"] = "cross_attention"
-    """cross_attention: two towers and a fusion stack (ALBEF). dual_encoder: two towers (CLIP)."""
+    architecture: str = "albef"
+    """albef: two towers and a fusion stack. clip: two towers."""
     size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
     image: ImageTowerConfig
     text: TextTowerConfig
-    fusion: FusionConfig | None
+    fusion: FusionConfig | None = None
+    decoder: DecoderConfig | None = None
+    joint: JointConfig | None = None
     embed: int = Field(gt=0)
     """Width of the space in which images and captions are compared."""
 
@@ -84,18 +126,35 @@ class ModelConfig(Section):
     def _fill_in_size(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        size = given.get("size", "base/16")
-        preset = SIZES["base/16"] if not isinstance(size, str) else SIZES.get(size, SIZES["base/16"])
-        filled = {**preset, **given}
-        for part in ("image", "text", "fusion"):
-            if isinstance(filled[part], dict):
-                filled[part] = {**preset[part], **filled[part]}
-        if given.get("architecture") == "dual_encoder" and "fusion" not in given:
-            filled["fusion"] = None  # its text tower is the whole stack
-            text = given.get("text")
-            if text is None or (isinstance(text, dict) and "depth" not in text):
-                filled["text"]["depth"] = preset["text"]["depth"] + preset["fusion"]["depth"]
+        size = SIZES.get(str(given.get("size")), SIZES["base/16"])
+        preset: dict[str, Any] = {
+            "image": {"size": size.image, "patch": size.patch, "width": size.width, "depth": size.depth},
+            "text": {"length": size.length, "width": size.width},
+            "embed": size.embed,
+        }
+        preset["image"]["heads"] = preset["text"]["heads"] = size.heads
+        choice = ARCHITECTURES.get(given.get("architecture", "albef"))
+        for name, section in choice.sections(size).items() if choice else ():
+            preset[name] = preset.get(name, {}) | section
+        filled = preset | given
+        for name, section in preset.items():
+            if isinstance(section, dict) and isinstance(filled[name], dict):
+                filled[name] = section | filled[name]
         return filled
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ARCHITECTURES:
+            near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0)
+            raise ValueError(f"{name!r} is none of {', '.join(ARCHITECTURES)}: did you mean {near[0]!r}?")
+        return name
+
+    @property
+    def towers(self) -> dict[str, Any]:
+        """The sections that are stacks of blocks, by name."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: section for name, section in sections.items() if isinstance(section, Section)}
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
@@ -104,25 +163,16 @@ class ModelConfig(Section):
                 f"model.image.size {self.image.size} is not a multiple of model.image.patch "
                 f"{self.image.patch}: choose a size that is"
             )
-        for name, width, heads in (
-            ("image", self.image.width, self.image.heads),
-            ("text", self.text.width, self.text.heads),
-            *([("fusion", self.text.width, self.fusion.heads)] if self.fusion else []),
-        ):
-            if width % heads:
+        for name, tower in self.towers.items():
+            width = self.image.width if name == "image" else self.text.width
+            if width % tower.heads:
                 raise ValueError(
-                    f"model.{name}.heads {heads} does not divide the width {width}: choose a number that does"
+                    f"model.{name}.heads {tower.heads} does not divide the width {width}: choose a number that does"
                 )
-        if self.architecture == "cross_attention" and self.fusion is None:
-            raise ValueError(
-                "model.architecture cross_attention needs model.fusion: remove `fusion: null`, or set "
-                "model.architecture to dual_encoder"
-            )
-        if self.architecture == "dual_encoder" and self.fusion is not None:
-            raise ValueError(
-                "model.architecture dual_encoder has no model.fusion: remove model.fusion, or set "
-                "model.architecture to cross_attention"
-            )
+        needed = {"image", "text", *ARCHITECTURES[self.architecture].sections(SIZES["tiny"])}
+        for name in sorted(needed ^ self.towers.keys()):
+            has, change = ("needs", "remove `null`") if name in needed else ("has no", "remove it")
+            raise ValueError(f"model.architecture {self.architecture} {has} model.{name}: {change}")
         return self
 
 
@@ -169,12 +219,20 @@ class MaskedLMConfig(Section):
     """Share of a caption's pieces that are predicted; whole words, 80/10/10."""
 
 
-class ObjectivesConfig(Section):
-    """What is optimised: a weighted sum. `null` switches matching or masked_lm off."""
+class CaptioningConfig(Section):
+    """Captioning objective: write the caption, piece by piece, the image in sight; a mean over all pieces of a step."""
 
-    contrastive: ContrastiveConfig = ContrastiveConfig()
-    matching: MatchingConfig | None = MatchingConfig()
-    masked_lm: MaskedLMConfig | None = MaskedLMConfig()
+    weight: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ObjectivesConfig(Section):
+    """What is optimised: a weighted sum of all that the architecture can be trained with. `null` switches one off."""
+
+    contrastive: ContrastiveConfig | None = None
+    matching: MatchingConfig | None = None
+    masked_lm: MaskedLMConfig | None = None
+    captioning: CaptioningConfig | None = None
 
 
 class EngineConfig(Section):
@@ -292,41 +350,35 @@ class Config(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model: blocks, three that embed or end a tower, the one that aligns, and the heads."""
-        model, heads = self.model, (self.objectives.matching, self.objectives.masked_lm)
-        fusion = model.fusion.depth if model.fusion else 0
-        return model.image.depth + model.text.depth + fusion + 4 + sum(head is not None for head in heads)
+    @model_validator(mode="before")
+    @classmethod
+    def _switch_on_objectives(cls, given: Any) -> Any:
+        """An objective of which the config does not speak is on if the architecture has it."""
+        if not isinstance(given, dict):
+            return given
+        model, objectives = given.get("model"), given.get("objectives", {})
+        choice = ARCHITECTURES.get(model.get("architecture", "albef") if isinstance(model, dict) else "albef")
+        if choice is None or not isinstance(objectives, dict):
+            return given
+        return given | {"objectives": {name: {} for name in choice.objectives} | objectives}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        if self.model.architecture == "dual_encoder":
-            for name in ("matching", "masked_lm"):
-                if getattr(self.objectives, name) is not None:
-                    raise ValueError(
-                        f"objectives.{name} needs fusion layers, and model.architecture dual_encoder has none: "
-                        f"set objectives.{name}=null, or model.architecture=cross_attention"
-                    )
-        elif self.objectives.matching is None and self.objectives.masked_lm is None:
-            raise ValueError(
-                "objectives.matching and objectives.masked_lm are both null, and model.architecture cross_attention "
-                "has fusion layers that only they train: switch one on, or set model.architecture=dual_encoder"
-            )
+        architecture = self.model.architecture
+        for name in ObjectivesConfig.model_fields:
+            if getattr(self.objectives, name) and name not in ARCHITECTURES[architecture].objectives:
+                others = [other for other, choice in ARCHITECTURES.items() if name in choice.objectives]
+                raise ValueError(
+                    f"model.architecture {architecture} has no objectives.{name}: remove it, or choose "
+                    f"{' or '.join(others)}"
+                )
         tensor_parallel = self.engine.tensor_parallel
-        for name in ("image", "text", "fusion"):
-            tower = getattr(self.model, name)
-            if tower is not None and tower.heads % tensor_parallel:
+        for name, tower in self.model.towers.items():
+            if tower.heads % tensor_parallel:
                 raise ValueError(
                     f"engine.tensor_parallel {tensor_parallel} does not divide model.{name}.heads {tower.heads}: a "
                     f"rank holds whole heads, so set engine.tensor_parallel to a divisor"
                 )
-        layers = self.num_layers
-        if self.engine.pipeline_parallel > layers:
-            raise ValueError(
-                f"engine.pipeline_parallel {self.engine.pipeline_parallel} is more than the {layers} layers of the "
-                f"model: set it to {layers} or less"
-            )
         if self.objectives.matching is not None:
             self._pool_fits(self.objectives.matching.pool)
         if self.optimizer.warmup_steps >= self.training.steps:

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from data_pipelines.batch import IGNORE, Batch
-from pretrain.collectives import Group, pass_on
+from pretrain.collectives import Group, ring_shift
 from pretrain.config import Config, load_config, parse_config
 from pretrain.errors import LayoutError
 from pretrain.models.architectures import layer_specs
@@ -315,7 +315,7 @@ def _operations(part: Tensor, whole: Tensor, group: Group) -> dict[str, Callable
     return {
         "all-reduce": lambda: dist.all_reduce(whole, group=group),
         "all-gather": lambda: dist.all_gather_into_tensor(whole, part, group=group),
-        "to the next rank": lambda: pass_on(whole, group),
+        "to the next rank": lambda: ring_shift(whole, group),
     }
 
 

@@ -38,7 +38,7 @@ def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]],
     shapes: Mapping[str, Sequence[int]],
     config: OptimizerConfig,
-    contrastive: ContrastiveConfig,
+    contrastive: ContrastiveConfig | None,
 ) -> BoundedAdamW:
     """AdamW over three groups: matrices, which decay; 1-D parameters, which do not; the temperature, bounded.
 
@@ -48,11 +48,11 @@ def build_optimizer(
     """
     decayed, plain, temperature = [], [], []
     for name, parameter in named:
-        if name == "align.temperature.log_scale":
+        if name == "temperature.log_scale":
             temperature.append(parameter)
         else:
             (decayed if len(shapes[name]) > 1 else plain).append(parameter)
-    bounds = (-math.log(contrastive.max_temperature), -math.log(contrastive.min_temperature))
+    bounds = contrastive and (-math.log(contrastive.max_temperature), -math.log(contrastive.min_temperature))
     return BoundedAdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay, "bounds": None},

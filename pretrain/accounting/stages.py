@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pretrain.accounting.layers import LayerCost, layers
+from pretrain.accounting.layers import LayerCost, measure_layers
 from pretrain.config import Config
+from pretrain.errors import ConfigError
+from pretrain.models.layer import Architecture, Layer
+from pretrain.models.towers import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,27 @@ def layout_of(config: Config, world: int) -> Layout:
     return Layout(data_parallel, engine.tensor_parallel, engine.pipeline_parallel, micro_batch, training.accumulation)
 
 
-def stages(config: Config, vocabulary: int, num_stages: int) -> list[range]:
-    """Cuts the list of layers into runs, one a pipeline stage, none empty.
+def cut_into_stages(
+    config: Config, vocabulary: Vocabulary, architecture: Architecture, num_stages: int
+) -> list[Sequence[Layer]]:
+    """Cuts the list of layers into runs, one per pipeline stage, none empty.
 
     The most forward FLOPs that any stage has are as few as they can be; among such cuts later stages are the fuller
     ones, since earlier ones keep the activations of more micro-batches.
+
+    Raises:
+        ConfigError: there are more stages than layers.
     """
-    return cut_evenly(tuple(layer.forward_flops for layer in layers(config, vocabulary)), num_stages)
+    layers = architecture.layers
+    if num_stages == 1:
+        return [layers]
+    if num_stages > len(layers):
+        raise ConfigError(
+            f"engine.pipeline_parallel {num_stages} is more than the {len(layers)} layers of the model: set it to "
+            f"{len(layers)} or less."
+        )
+    costs = tuple(cost.forward_flops for cost in measure_layers(config, vocabulary))
+    return [layers[cut.start : cut.stop] for cut in cut_evenly(costs, num_stages)]
 
 
 @cache

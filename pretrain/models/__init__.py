@@ -1,1 +1,1 @@
-"""Models as ordered lists of layers, each `forward(flow) -> flow`. Nothing here knows how many processes run it."""
+"""Models as ordered lists of layers, wired by name. Nothing here knows how many processes run it."""

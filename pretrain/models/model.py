@@ -1,92 +1,99 @@
-"""The model: runs its layers in order and names what comes out.
+"""The model: runs the layers that lead to what is wanted. Knows neither ranks nor what any layer does."""
 
-Shapes: B samples on this rank, E embedding width.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import Config
-from pretrain.models.align import Align, Embeddings
-from pretrain.models.architectures import LayerSpec
-from pretrain.models.flow import OBJECTIVES, Flow, start_flow
-from pretrain.models.initial import build_layer
-from pretrain.models.layers import Block
+from pretrain.models.layer import COUNTS, LOSS, Architecture, Call, Flow, Layer, leading_to
+
+StandIns = Mapping[str, Callable[..., tuple[Tensor, ...]]]  # what takes a layer's place in one pass, by its name
 
 
-class Output(NamedTuple):
-    """What one pass over a micro-batch says."""
+class Report(NamedTuple):
+    """What one training pass over a micro-batch says."""
 
     loss: Tensor  # scalar: the weighted sum that is optimised
-    losses: Tensor  # (3,) float32, unweighted and detached, in the order of OBJECTIVES
-    counts: Tensor  # (3, 2) int64: right answers and questions
-    image_embeddings: Tensor  # (B, E) float32, unit length, detached
-    text_embeddings: Tensor  # (B, E)
+    figures: Tensor  # (F,) float32, detached: each objective's unweighted loss, then each metric
+    counts: Tensor  # (N, 2) int64: right answers and questions of each objective
+
+    def without_graph(self) -> "Report":
+        return self._replace(loss=self.loss.detach())
 
 
-class VisionLanguageModel(nn.Module):
-    """An ordered list of layers with the objectives inside it."""
+class Model(nn.Module):
+    """An architecture, and the modules of those of its layers that are here: all, or one pipeline stage's."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], config: Config, pad_id: int) -> None:
+    def __init__(self, architecture: Architecture, modules: Mapping[str, nn.Module], recompute: bool = False) -> None:
         super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.pad_id = pad_id
-        self.masked = config.objectives.masked_lm is not None
-        self.recompute = config.engine.activation_checkpointing
-        weights = [getattr(config.objectives, name) for name in OBJECTIVES]
-        self.weights = [section.weight if section else 0.0 for section in weights]
+        self.architecture = architecture
+        self.recompute = recompute
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._calls: dict[tuple[frozenset[str], frozenset[str]], list[Call]] = {}
 
-    def forward(self, **batch: Tensor) -> Output:
-        """One pass for every objective. The arguments are a Batch's tensors, by name."""
-        return self.summarise(self.run(self.start(**batch)))
+    def forward(self, have: Flow, stand_ins: StandIns | None = None) -> Report:
+        """One pass for every objective."""
+        return self.report(self.run(self.architecture.reports, have, stand_ins))
 
-    def start(self, masked_text: Tensor, **batch: Tensor) -> Flow:
-        """The flow before the first layer."""
-        return start_flow(masked_text=masked_text if self.masked else None, pad_id=self.pad_id, **batch)
+    def has(self, layer: Layer) -> bool:
+        """Whether a layer of the architecture is here."""
+        return layer.name in self._modules
 
-    def start_clean(self, masked_text: Tensor, **batch: Tensor) -> Flow:
-        """The same without masked captions, of which embeddings know nothing."""
-        return start_flow(masked_text=None, pad_id=self.pad_id, **batch)
+    def calls(self, want: Iterable[str], have: Iterable[str]) -> list[Call]:
+        """See `leading_to`."""
+        key = frozenset(want), frozenset(have)
+        if key not in self._calls:
+            self._calls[key] = leading_to(self.architecture.layers, *key)
+        return self._calls[key]
 
-    def run(self, flow: Flow) -> Flow:
-        """The flow after the last layer."""
-        for layer in self.children():
-            if self.recompute and isinstance(layer, Block) and torch.is_grad_enabled():
-                flow = checkpoint(layer, flow, use_reentrant=False, preserve_rng_state=False)  # no layer draws
-            else:
-                flow = layer(flow)
+    def run(self, want: Iterable[str], have: Flow, stand_ins: StandIns | None = None) -> Flow:
+        """What is wanted, and nothing else.
+
+        Args:
+            want: names that layers write.
+            have: tensors of a batch, and of what layers would write whatever the caller already has.
+            stand_ins: what takes a layer's place.
+        """
+        want = set(want)
+        flow = self.run_calls(self.calls(want, have), have, stand_ins=stand_ins)
+        return {name: flow[name] for name in want}
+
+    def run_calls(
+        self, calls: Sequence[Call], have: Flow, made: Flow | None = None, stand_ins: StandIns | None = None
+    ) -> Flow:
+        """The flow after `calls`, all of whose layers are here.
+
+        Args:
+            calls: a part of a pass.
+            have: what the caller keeps.
+            made: what earlier layers made; let go of, as all that these layers make, once nothing later reads it.
+            stand_ins: see `run`.
+        """
+        flow = have | (made or {})
+        for layer, kinds, reads, after in calls:
+            module = (stand_ins or {}).get(layer.name) or self.get_submodule(layer.name)
+            if layer.rows:
+                module = partial(module, spans=layer.spans(kinds, flow))
+            if self.recompute and layer.recompute and torch.is_grad_enabled():
+                module = partial(checkpoint, module, use_reentrant=False, preserve_rng_state=False)  # no layer draws
+            outcome = module(*(flow[name] for name in layer.read(kinds)))
+            names = layer.written(kinds)
+            flow |= zip(names, (outcome,) if isinstance(outcome, Tensor) else outcome, strict=True)
+            for name in {*names, *reads} - after - have.keys():
+                del flow[name]
         return flow
 
-    def embed(self, **batch: Tensor) -> Embeddings:
-        """The towers alone, as far as the contrastive objective needs them. The arguments are those of `forward`."""
-        embeddings = self.run_towers(self.start_clean(**batch))
-        assert isinstance(embeddings, Embeddings), "every architecture aligns"
-        return embeddings
-
-    def run_towers(self, flow: Flow) -> Flow | Embeddings:
-        """What the layer that aligns makes of a clean flow; if it is not here, the flow after the last layer."""
-        for layer in self.children():
-            if isinstance(layer, Align):
-                return layer.embed(flow)
-            flow = layer(flow)
-        return flow
-
-    def summarise(self, flow: Flow) -> Output:
-        weights = torch.tensor(self.weights, device=flow.losses.device)
-        return Output(
-            loss=(weights * flow.losses).sum(),
-            losses=flow.losses.detach(),
-            counts=flow.counts,
-            image_embeddings=flow.image_embeddings,
-            text_embeddings=flow.text_embeddings,
+    def report(self, flow: Flow) -> Report:
+        """The weighted sum and its parts, of a flow that has them."""
+        losses = torch.stack([flow[LOSS + objective.name].float() for objective in self.architecture.objectives])
+        metrics = [flow[name].detach().float().reshape(()) for name in self.architecture.metrics]
+        weights = losses.new_tensor([objective.weight for objective in self.architecture.objectives])
+        return Report(
+            loss=(weights * losses).sum(),
+            figures=torch.cat([losses.detach(), torch.stack(metrics)]) if metrics else losses.detach(),
+            counts=torch.stack([flow[COUNTS + objective.name] for objective in self.architecture.objectives]),
         )
-
-
-def build_model(specs: Sequence[LayerSpec], config: Config, pad_id: int, device: torch.device) -> VisionLanguageModel:
-    """All layers on one device, with their initial weights."""
-    return VisionLanguageModel({spec.name: build_layer(spec, config, device) for spec in specs}, config, pad_id)

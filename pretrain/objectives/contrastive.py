@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.collectives import Group, gather, gather_with_gradient, row_offset
+from pretrain.collectives import Group, all_gather, all_gather_with_gradient, row_offset
 
 MAX_LOGITS = 1 << 26  # at a time: 256 MiB. 4,096 rows a rank against 65,536 columns are four times as many.
 
@@ -26,7 +26,7 @@ class Identity:
     caption_ids: Tensor  # (B,) int64
 
     def gathered(self, group: Group) -> "Identity":
-        return Identity(gather(self.image_ids, group), gather(self.caption_ids, group))
+        return Identity(all_gather(self.image_ids, group), all_gather(self.caption_ids, group))
 
     def same(self, other: "Identity") -> Tensor:
         """(B, other's B) bool: sample i of this and sample j of the other show or say the same."""
@@ -49,8 +49,8 @@ def contrastive_loss(
     Returns:
         The loss, a scalar, and (2,) int64 counts: rows whose own partner ranks first, rows asked.
     """
-    image_GE = gather_with_gradient(image_BE, group)
-    text_GE = gather_with_gradient(text_BE, group)
+    image_GE = all_gather_with_gradient(image_BE, group)
+    text_GE = all_gather_with_gradient(text_BE, group)
     B, G = image_BE.shape[0], image_GE.shape[0]
     own = row_offset(B, group) + torch.arange(B, device=image_BE.device)  # (B,) column of each row's partner
     everyone = identity.gathered(group)

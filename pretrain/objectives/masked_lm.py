@@ -7,7 +7,7 @@ Source: BERT, section 3.1; ALBEF, section 3.2.
 import torch
 from torch import Tensor
 
-from pretrain.collectives import Group, leave_shards, maximum
+from pretrain.collectives import Group, all_reduce_max, reduce_from_tp
 
 UNUSED = -100  # target of a slot that is not used
 
@@ -41,10 +41,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, group: Group, start: int) ->
     Source: Shoeybi et al., Megatron-LM (2019), section 3: three sums of (B, K) numbers instead of a gather of V.
     """
     top, place = logits.max(dim=2)
-    largest = maximum(top, group)
-    total = leave_shards((logits - largest[..., None]).exp().sum(dim=2), group)
+    largest = all_reduce_max(top, group)
+    total = reduce_from_tp((logits - largest[..., None]).exp().sum(dim=2), group)
     inside = (targets >= start) & (targets < start + logits.shape[-1])
     own = logits.gather(2, (targets - start).where(inside, 0)[..., None])[..., 0] - largest
-    chosen = leave_shards(own.where(inside, 0.0), group)
-    best = maximum(torch.where(top == largest, place + start, -1), group)
+    chosen = reduce_from_tp(own.where(inside, 0.0), group)
+    best = all_reduce_max(torch.where(top == largest, place + start, -1), group)
     return total.log() - chosen, best

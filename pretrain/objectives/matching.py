@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.collectives import Group, gather, row_offset
+from pretrain.collectives import Group, all_gather, row_offset
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.noise import gumbel
 
@@ -27,8 +27,7 @@ class HardNegatives:
 
     image_rows: Tensor  # (B,) int64: which of the G rows has the image that stands in for sample i's
     text_rows: Tensor  # (B,) int64: which has the caption
-    image_valid: Tensor  # (B,) bool: False where the pool has no sample with another image and caption
-    text_valid: Tensor  # (B,) bool
+    valid: Tensor  # (B,) bool: False where the pool has no sample with another image and caption
 
 
 @torch.no_grad()
@@ -53,13 +52,13 @@ def mine_hard_negatives(
         seed: the run's seed.
         group: the ranks that a pool's samples lie on; None if every pool lies on one.
     """
-    others, everyone = gather(positions, group), identity.gathered(group)  # (G,)
+    others, everyone = all_gather(positions, group), identity.gathered(group)  # (G,)
     # Not counted from 0: a run that goes on with another batch may begin its micro-steps anywhere.
     first = others.min()
     own_pool, pools = (positions - first) // pool, (others - first) // pool
     B, G = len(positions), len(others)
     own_rows = row_offset(B, group) + torch.arange(B, device=positions.device)
-    sides = [(image_BE, gather(text_BE, group)), (text_BE, gather(image_BE, group))]  # (B, E), (G, E)
+    sides = [(image_BE, all_gather(text_BE, group)), (text_BE, all_gather(image_BE, group))]  # (B, E), (G, E)
 
     drawn: list[list[Tensor]] = []
     rows = max(1, MAX_PAIRS // G)
@@ -76,26 +75,24 @@ def mine_hard_negatives(
             found.append(torch.where(valid, best, own_rows[part]))
         drawn.append(found)
     valid, text_rows, image_rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    return HardNegatives(image_rows, text_rows, valid, valid)
+    return HardNegatives(image_rows, text_rows, valid)
 
 
-def matching_loss(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over match, negative image and negative text rows.
+def matching_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of "do this caption and this image belong together?".
 
-    A row without a valid negative counts as zero, and the mean is still over 3 B rows: a sample's weight does
-    not depend on its neighbours.
+    A pair that does not count is zero, and the mean is still over all R: a sample's weight does not depend on its
+    neighbours.
 
     Args:
-        logits: (3B, 2): B matching rows, B with a negative image, B with a negative caption; class 1 means
-            "belongs together".
-        valid: (3B,) bool.
+        logits: (R, 2); class 1 means "belongs together".
+        labels: (R,) int64, 1 for pairs that do.
+        valid: (R,) int64, 0 for pairs that do not count.
 
     Returns:
-        The loss, a scalar, and (2,) int64 counts: valid rows that are right, valid rows.
+        The loss, a scalar, and (2,) int64 counts: valid pairs that are right, valid pairs.
     """
-    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    labels[: len(logits) // 3] = 1
-    per_row = F.cross_entropy(logits.float(), labels, reduction="none")
-    loss = torch.where(valid, per_row, 0.0).mean()
-    correct = ((logits.argmax(dim=1) == labels) & valid).sum()
+    per_pair = F.cross_entropy(logits.float(), labels, reduction="none")
+    loss = torch.where(valid.bool(), per_pair, 0.0).mean()
+    correct = ((logits.argmax(dim=1) == labels) & valid.bool()).sum()
     return loss, torch.stack([correct, valid.sum()])

@@ -6,8 +6,8 @@ from torch import Tensor
 _INT64_MAX = 2**63 - 1
 
 
-def gumbel(seed: int, *keys: Tensor) -> Tensor:
-    """Standard Gumbel noise, one value for each broadcast combination of integer keys.
+def hashed(seed: int, *keys: Tensor) -> Tensor:
+    """An int64 of 64 random bits for each broadcast combination of integer keys.
 
     The keys pass through the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014, figure 16), which
     changes half of all output bits for any one input bit. Runs on the keys' device and keeps no state.
@@ -15,14 +15,16 @@ def gumbel(seed: int, *keys: Tensor) -> Tensor:
     Args:
         seed: the run's seed.
         keys: int64 tensors that broadcast together, such as positions (B, 1) and (1, B).
-
-    Returns:
-        float32, of the broadcast shape.
     """
     state = torch.full((), seed, dtype=torch.int64, device=keys[0].device)
     for key in keys:
         state = _mix(state + key + _signed(0x9E3779B97F4A7C15))
-    uniform = (_shift(state, 40).double() + 0.5) / 2**24
+    return state
+
+
+def gumbel(seed: int, *keys: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, for each broadcast combination of keys; see `hashed`."""
+    uniform = (_shift(hashed(seed, *keys), 40).double() + 0.5) / 2**24
     return (-torch.log(-torch.log(uniform))).float()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pretrain.collectives import Group, group_size, pass_on, row_offset
+from pretrain.collectives import Group, group_size, ring_shift, row_offset
 from pretrain.objectives.contrastive import MAX_LOGITS, Identity
 
 
@@ -22,7 +22,7 @@ def sigmoid_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of "does caption j belong to image i?", summed over all G captions, mean over this rank's B images.
 
-    The gradient is that of the mean over ranks once an engine has averaged over them, as for `gather_with_gradient`,
+    The gradient is that of the mean over ranks once an engine has averaged over them, as for `all_gather_with_gradient`,
     and takes for granted that all ranks weigh this loss alike.
 
     Args:
@@ -88,7 +88,7 @@ def _round(
             wrong = cosine.masked_fill_(sign >= 0, float("-inf"))
             nearest_text[part] = nearest_text[part].maximum(wrong.amax(dim=1))
             nearest_image.copy_(nearest_image.maximum(wrong.amax(dim=0)[:, None]))
-        travelling = pass_on(travelling, group)
+        travelling = ring_shift(travelling, group)
     own = (image_BE * text_BE).sum(dim=1)
     _, text_gradient, nearest_image = travelling.split([E, E, 1], dim=1)  # home again
     right = (own > nearest_text).sum() + (own > nearest_image[:, 0]).sum()

@@ -1,30 +1,62 @@
 """The Engine: what the trainer knows of the way a model is spread over devices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pretrain.models.model import Output
+from pretrain.models.layer import METRIC, Architecture, Flow
+from pretrain.models.model import Report
+from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor import Part
-
-
-class Inputs(Protocol):
-    """A micro-batch, as far as an engine looks at it."""
-
-    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank."""
 
-    losses: Tensor  # (3,) float32 on the CPU: means over the global batch, in the order of OBJECTIVES
-    counts: Tensor  # (3, 2) int64 on the CPU: right answers and questions, over the global batch
-    gradient_norm: float  # before clipping, over all parameters and ranks
-    applied: bool  # False: the loss or the norm was not finite, and no weight changed
+    losses: dict[str, float]
+    """By objective: the mean over the global batch, unweighted."""
+    counts: dict[str, tuple[int, int]]
+    """By objective: right answers and questions, over the global batch."""
+    metrics: dict[str, float]
+    """What layers report besides: means over micro-batches and ranks."""
+    gradient_norm: float
+    """Before clipping, over all parameters and ranks."""
+    applied: bool
+    """False: the loss or the norm was not finite, and no weight changed."""
+
+
+def totals(architecture: Architecture, reports: Sequence[Report], mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Figures of a step averaged, and counts added up, over the micro-batches of all ranks; the same on every rank.
+
+    Args:
+        architecture: says how many there are.
+        reports: this rank's, one per micro-batch; none on pipeline stages but the last.
+        mesh: the ranks.
+    """
+    objectives = len(architecture.objectives)
+    figures = torch.zeros(objectives + len(architecture.metrics), device=mesh.device)
+    counts = torch.zeros(objectives, 2, dtype=torch.int64, device=mesh.device)
+    for report in reports:
+        figures, counts = figures + report.figures / len(reports), counts + report.counts
+    return mesh.dp.mean(mesh.pp.sum(figures)), mesh.dp.sum(mesh.pp.sum(counts))
+
+
+def step_result(architecture: Architecture, figures: Tensor, counts: Tensor, norm: float, applied: bool) -> StepResult:
+    """A step under the names of what its `totals` are."""
+    names = [objective.name for objective in architecture.objectives]
+    metrics = [name.removeprefix(METRIC) for name in architecture.metrics]
+    values = figures.tolist()
+    return StepResult(
+        losses=dict(zip(names, values, strict=False)),
+        counts={name: (right, asked) for name, (right, asked) in zip(names, counts.tolist(), strict=True)},
+        metrics=dict(zip(metrics, values[len(names) :], strict=True)),
+        gradient_norm=norm,
+        applied=applied,
+    )
 
 
 @dataclass(frozen=True)
@@ -51,12 +83,18 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
-        """Forward, backward and update over one global batch; `micro_batches` are this rank's, one a micro-step."""
+    architecture: Architecture
+
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
+        """Forward, backward and update over one global batch; `micro_batches` are this rank's, one per micro-step."""
         ...
 
-    def evaluate(self, batch: Inputs) -> Output:
-        """A forward pass without gradient. All ranks call it together."""
+    def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        """What layers write under the names in `want`, for each batch, without gradient.
+
+        Besides a batch's columns, `batches` may hold what layers would write: those are not run then. All ranks call
+        it together with batches of equal shapes; ranks that share a dp index get the same.
+        """
         ...
 
     def fragments(self) -> Iterator[Fragment]:

@@ -1,62 +1,70 @@
 """Pipeline parallelism: the list of layers is cut into stages, through which micro-batches run one after the other."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import Config
-from pretrain.models.align import Align, Embeddings, find_pulls
-from pretrain.models.flow import OBJECTIVES
-from pretrain.models.model import Output, VisionLanguageModel
-from pretrain.parallel.engine import Inputs
+from pretrain.models.layer import Call, Flow, Layer
+from pretrain.models.model import Model, Report, StandIns
+from pretrain.parallel import first_pass
 from pretrain.parallel.mesh import Axis, Mesh, training_dtype
-from pretrain.parallel.parcel import Parcels
+from pretrain.parallel.message import Messages
 
 
 class Stage(nn.Module):
-    """This rank's layers: takes a parcel from the stage before and gives one to the next; the last one gives a loss.
+    """This rank's layers: takes a message from the stage before and gives one to the next; the last one gives a loss.
 
-    Every stage reads the same samples, so that what the batch alone makes does not travel.
+    Every stage reads the same samples, so that columns of the batch do not travel.
     """
 
-    def __init__(self, model: VisionLanguageModel, pp: Axis, carrier: torch.dtype) -> None:
+    def __init__(self, model: Model, stage_of: Mapping[str, int], pp: Axis, messages: Messages) -> None:
         super().__init__()
-        self.model = model
-        self.is_first, self.is_last = pp.rank == 0, pp.rank == pp.size - 1
-        self.parcels = Parcels(carrier)
+        self.model, self.stage_of, self.pp, self.messages = model, stage_of, pp, messages
         self.unused = nn.ParameterList()  # what an optimizer wants to have here, and no layer has
-        self.outputs: list[Output] = []  # of the last stage, one a micro-batch
-        self._waiting: deque[dict[str, Tensor]] = deque()
+        self.reports: list[Report] = []  # of the last stage, one per micro-batch
+        self._waiting: deque[tuple[Flow, StandIns]] = deque()
 
-    def begin(self, micro_batches: Sequence[Inputs], pulls: Sequence[dict[str, Tensor]]) -> None:
-        """The micro-batches that the coming calls are about, in their order, each with the pulls on its embeddings."""
+    def begin(self, micro_batches: Sequence[tuple[Flow, StandIns]]) -> None:
+        """The micro-batches that the coming calls are about, in their order."""
         assert not self._waiting, "each micro-batch runs once"
-        self._waiting.extend(batch.tensors() | pull for batch, pull in zip(micro_batches, pulls, strict=True))
-        self.outputs = []
+        self._waiting.extend(micro_batches)
+        self.reports = []
 
     def forward(self, received: Tensor) -> Tensor:
-        """A parcel, which the first stage does not look at -> a parcel, or on the last stage a scalar loss."""
-        fresh = self.model.start(**self._waiting.popleft())
-        flow = self.model.run(fresh if self.is_first else self.parcels.unpack(received, fresh))
-        if not self.is_last:
-            return self.parcels.pack(flow, fresh)
-        output = self.model.summarise(flow)
-        self.outputs.append(output._replace(loss=output.loss.detach()))
+        """A message, which the first stage does not look at -> a message, or on the last stage a scalar loss."""
+        have, stand_ins = self._waiting.popleft()
+        calls = self.model.calls(self.model.architecture.reports, have)
+        flow = self.advance(calls, have, received, stand_ins)
+        if self.pp.rank < self.pp.size - 1:
+            return self.pack(calls, have, flow)
+        report = self.model.report(flow)
+        self.reports.append(report.without_graph())
         # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-        return output.loss * torch.where(output.loss.isfinite(), 1.0, torch.nan)
+        return report.loss * torch.where(report.loss.isfinite(), 1.0, torch.nan)
 
-    def embed(self, batch: Inputs, received: Tensor) -> Tensor | Embeddings:
-        """The same with the towers alone: the stage that aligns gives embeddings."""
-        fresh = self.model.start_clean(**batch.tensors())
-        result = self.model.run_towers(fresh if self.is_first else self.parcels.unpack(received, fresh))
-        return result if isinstance(result, Embeddings) else self.parcels.pack(result, fresh)
+    def advance(self, calls: Sequence[Call], have: Flow, received: Tensor, stand_ins: StandIns | None = None) -> Flow:
+        """The flow after this stage's layers."""
+        names = self._crossing(calls, have, self.pp.rank)
+        own = [call for call in calls if self.stage_of[call.layer.name] == self.pp.rank]
+        made = self.messages.unpack(received, names, have)
+        return self.model.run_calls(own, have, made, stand_ins)
+
+    def pack(self, calls: Sequence[Call], have: Flow, flow: Flow) -> Tensor:
+        """What the next stages need of it."""
+        return self.messages.pack(flow, self._crossing(calls, have, self.pp.rank + 1))
+
+    def _crossing(self, calls: Sequence[Call], have: Flow, stage: int) -> frozenset[str]:
+        """What crosses the border before a stage: all that was made before it and is read or wanted from it on."""
+        before = [call.after for call in calls if self.stage_of[call.layer.name] < stage]
+        return before[-1] - have.keys() if before else frozenset()
 
 
 class Link:
-    """What a stage says to its neighbours: parcels go to the next one, their gradients to the one before.
+    """What a stage says to its neighbours: messages go to the next one, their gradients to the one before.
 
     The first stage has none before it, and the last one none behind: there, nothing is sent, and what is received is
     empty.
@@ -66,7 +74,7 @@ class Link:
         self.pp = pp
         self.stages_behind = pp.size - 1 - pp.rank
         self._nothing = torch.empty(0, dtype=carrier, device=device)
-        self._length_in: int | None = None  # parcels of one pass are equally long
+        self._length_in: int | None = None  # messages of one pass are equally long
         self._announced = False
 
     def begin(self) -> None:
@@ -80,38 +88,38 @@ class Link:
             length = torch.empty(1, dtype=torch.int64, device=self._nothing.device)
             self._exchange(from_previous=length)
             self._length_in = int(length)
-        parcel = self._nothing.new_empty(self._length_in)
-        self._exchange(from_previous=parcel)
-        return parcel.requires_grad_(torch.is_grad_enabled())
+        message = self._nothing.new_empty(self._length_in)
+        self._exchange(from_previous=message)
+        return message.requires_grad_(torch.is_grad_enabled())
 
-    def send(self, parcel: Tensor) -> None:
+    def send(self, message: Tensor) -> None:
         if not self.stages_behind:
             return
         if not self._announced:
-            self._exchange(to_next=torch.tensor([len(parcel)], device=parcel.device))
+            self._exchange(to_next=torch.tensor([len(message)], device=message.device))
             self._announced = True
-        self._exchange(to_next=parcel.detach())
+        self._exchange(to_next=message.detach())
 
     def send_gradient(self, gradient: Tensor | None) -> None:
         if self.pp.rank > 0:
             self._exchange(to_previous=gradient)
 
-    def receive_gradient(self, parcel: Tensor, *, send: bool = False) -> Tensor:
-        """The gradient of an earlier parcel, as long as `parcel`; with `send`, `parcel` goes out meanwhile."""
+    def receive_gradient(self, message: Tensor, *, send: bool = False) -> Tensor:
+        """The gradient of an earlier message, as long as `message`; with `send`, `message` goes out meanwhile."""
         if not self.stages_behind:
             return self._nothing
-        gradient = torch.empty_like(parcel)
-        self._exchange(to_next=parcel.detach() if send else None, from_next=gradient)
+        gradient = torch.empty_like(message)
+        self._exchange(to_next=message.detach() if send else None, from_next=gradient)
         return gradient
 
     def send_gradient_and_receive(self, gradient: Tensor | None) -> Tensor:
-        """The next parcel, while the gradient of an earlier one goes back."""
+        """The next message, while the gradient of an earlier one goes back."""
         if self.pp.rank == 0:
             return self._nothing
         assert gradient is not None
-        parcel = torch.empty_like(gradient)
-        self._exchange(to_previous=gradient, from_previous=parcel)
-        return parcel.requires_grad_()
+        message = torch.empty_like(gradient)
+        self._exchange(to_previous=gradient, from_previous=message)
+        return message.requires_grad_()
 
     def _exchange(
         self,
@@ -139,38 +147,55 @@ class Link:
 class Pipeline:
     """A stage and its neighbours: what both engines that run one have in common."""
 
-    def __init__(self, model: VisionLanguageModel, config: Config, mesh: Mesh) -> None:
-        carrier = training_dtype(config.engine, mesh.device)
+    def __init__(self, model: Model, stages: Sequence[Sequence[Layer]], config: Config, mesh: Mesh) -> None:
+        messages = Messages(training_dtype(config.engine, mesh.device), mesh.device)
+        stage_of = {layer.name: number for number, layers in enumerate(stages) for layer in layers}
         self.pp, self.dp, self.device = mesh.pp, mesh.dp, mesh.device
-        self.embed_width = config.model.embed
-        self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
-        aligns = any(isinstance(layer, Align) for layer in model.children())
-        # On NCCL, all ranks of a group take part in its first operation, or wait for ever: it must not be the first
-        # pass's, in which stages behind the one that aligns have no part.
-        here = torch.tensor(mesh.pp.rank if aligns else 0, device=mesh.device)
-        self.align_stage = int(mesh.pp.sum(here))
-        self.stage = Stage(model, mesh.pp, carrier)
-        self.link = Link(mesh.pp, mesh.device, carrier)
+        # On NCCL, all ranks of a group take part in its first operation, or wait for ever: it must not be one of a
+        # pass without gradient, in which stages behind the last one that it needs have no part.
+        mesh.pp.sum(torch.zeros(1, device=mesh.device))
+        self.stage = Stage(model, stage_of, mesh.pp, messages)
+        self.link = Link(mesh.pp, mesh.device, messages.carrier)
 
-    def begin(self, micro_batches: Sequence[Inputs]) -> None:
+    @property
+    def reports(self) -> list[Report]:
+        """Of the micro-batches that ran; none on stages but the last."""
+        return self.stage.reports
+
+    def begin(self, micro_batches: Sequence[Flow]) -> None:
         """Before the micro-batches of an optimizer step run through the stages."""
-        pulls = self._find_pulls(micro_batches) if self.global_negatives else None
-        self.stage.begin(micro_batches, pulls or [{}] * len(micro_batches))
+        self.stage.begin(first_pass.prepare(self.stage.model, micro_batches, self.dp, self.forward))
 
     @torch.no_grad()
-    def _find_pulls(self, micro_batches: Sequence[Inputs]) -> list[dict[str, Tensor]] | None:
-        """What the stage that aligns needs to know of the whole step: the towers run once before."""
-        if self.pp.rank > self.align_stage:
-            return None
-        parts: list[Embeddings] = []
+    def forward(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        """Forward passes, whose results all stages get."""
+        calls = self.stage.model.calls(want, batches[0])
+        last = max((self.stage.stage_of[call.layer.name] for call in calls), default=0)
+        results: list[Flow] = []
         self.link.begin()
-        for batch in micro_batches:
-            result = self.stage.embed(batch, self.link.receive())
-            if isinstance(result, Embeddings):
-                parts.append(result)
+        for batch in batches if self.pp.rank <= last else ():
+            flow = self.stage.advance(calls, batch, self.link.receive())
+            if self.pp.rank < last:
+                self.link.send(self.stage.pack(calls, batch, flow))
             else:
-                self.link.send(result)
-        return find_pulls(parts, self.dp.group) if parts else None
+                results.append(flow)
+        made = set(want) - batches[0].keys()
+        spread = self._spread(results, made, batches, last) if made else [{} for _ in batches]
+        return [{n: batch[n] for n in want if n in batch} | flow for batch, flow in zip(batches, spread, strict=True)]
+
+    def _spread(self, results: list[Flow], names: set[str], batches: Sequence[Flow], last: int) -> list[Flow]:
+        """From stage `last` to all others."""
+        messages, found, length = self.stage.messages, [], torch.zeros(1, dtype=torch.int64, device=self.device)
+        for number, batch in enumerate(batches):
+            message = messages.pack(results[number], names) if results else None
+            if number == 0:
+                length += 0 if message is None else len(message)
+                dist.broadcast(length, group=self.pp.group, group_src=last)
+            if message is None:
+                message = torch.empty(int(length), dtype=messages.carrier, device=self.device)
+            dist.broadcast(message, group=self.pp.group, group_src=last)
+            found.append(messages.unpack(message, names, batch))
+        return found
 
     def run(self, count: int) -> None:
         """Forward and backward passes of `count` micro-batches, each forward pass followed by a backward pass.
@@ -184,13 +209,13 @@ class Pipeline:
             running.append((received, self.stage(received)))
             return running[-1][1]
 
-        def backward(gradient: Tensor) -> Tensor | None:
+        def backward(gradient: Tensor) -> Tensor:
             received, result = running.popleft()
             if self.link.stages_behind:
                 result.backward(gradient)
             else:
                 (result / count).backward()
-            return received.grad
+            return torch.zeros_like(received) if received.grad is None else received.grad
 
         self.link.begin()
         ahead = min(self.link.stages_behind, count)
@@ -206,25 +231,3 @@ class Pipeline:
                 self.link.send_gradient(gradient)
         for _ in range(ahead):
             self.link.send_gradient(backward(self.link.receive_gradient(running[0][1])))
-
-    def results(self, count: int) -> tuple[Tensor, Tensor]:
-        """Losses and counts of the micro-batches that ran, on all stages: (3,) means and (3, 2) sums."""
-        losses = torch.zeros(len(OBJECTIVES), device=self.device)
-        counts = torch.zeros(len(OBJECTIVES), 2, dtype=torch.int64, device=self.device)
-        for output in self.stage.outputs:
-            losses, counts = losses + output.losses / count, counts + output.counts
-        return self.pp.sum(losses), self.pp.sum(counts)
-
-    @torch.no_grad()
-    def evaluate(self, batch: Inputs) -> Output:
-        """A forward pass, whose output all stages get."""
-        self.stage.begin([batch], [{}])
-        self.link.begin()
-        self.link.send(self.stage(self.link.receive()))
-        embeddings = torch.zeros(len(batch.tensors()["positions"]), self.embed_width, device=self.device)
-        losses, counts = self.results(1)
-        loss = torch.zeros((), device=self.device)
-        images, texts = embeddings, embeddings.clone()
-        for output in self.stage.outputs:  # of the last stage
-            loss, images, texts = output.loss, output.image_embeddings, output.text_embeddings
-        return Output(self.pp.sum(loss), losses, counts, self.pp.sum(images), self.pp.sum(texts))

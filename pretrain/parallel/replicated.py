@@ -1,6 +1,6 @@
 """ZeRO stage 0: data-parallel ranks hold the same, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from pretrain.config import Config
-from pretrain.models.architectures import LayerSpec
-from pretrain.models.model import Output, VisionLanguageModel
+from pretrain.models.layer import Architecture, Flow, Layer
+from pretrain.models.model import Model, Report
 from pretrain.optim import build_optimizer
-from pretrain.parallel.engine import Fragment, Inputs, StepResult
+from pretrain.parallel import first_pass
+from pretrain.parallel.engine import Fragment, StepResult, step_result, totals
 from pretrain.parallel.mesh import Mesh, training_dtype
-from pretrain.parallel.negatives import with_pulls
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.tensor import Part, build_part
 
@@ -21,19 +21,21 @@ from pretrain.parallel.tensor import Part, build_part
 class ReplicatedEngine:
     """Weights in the training type, fp32 master copies, gradients accumulated in fp32."""
 
-    def __init__(self, specs: Sequence[LayerSpec], config: Config, mesh: Mesh, pad_id: int) -> None:
+    def __init__(
+        self, architecture: Architecture, stages: Sequence[Sequence[Layer]], config: Config, mesh: Mesh
+    ) -> None:
         self.device = mesh.device
         self.mesh = mesh
+        self.architecture = architecture
         self.clip = config.optimizer.clip
-        self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
-        layers: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         self.parts: dict[str, Part] = {}
-        for spec in specs:
-            layers[spec.name], parts = build_part(spec, config, mesh.device, mesh.tp.group)
+        for layer in stages[mesh.pp.rank]:
+            modules[layer.name], parts = build_part(layer, config.seed, mesh.device, mesh.tp.group)
             self.parts |= parts
-        model = VisionLanguageModel(layers, config, pad_id)
+        model = Model(architecture, modules, config.engine.activation_checkpointing)
         self.model = model.to(mesh.device, training_dtype(config.engine, mesh.device))
-        self.pipeline = Pipeline(model, config, mesh) if mesh.pp.size > 1 else None
+        self.pipeline = Pipeline(model, stages, config, mesh) if mesh.pp.size > 1 else None
         # In fp32 the master copy shares the weight's memory: `float` copies nothing then.
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: part.shape for name, part in self.parts.items()}
@@ -47,24 +49,23 @@ class ReplicatedEngine:
             weight.register_post_accumulate_grad_hook(partial(_hand_over, master.grad))
         self.applied_steps = 0
 
-    def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
         self.model.train()
         if self.pipeline:
             self.pipeline.begin(micro_batches)
             self.pipeline.run(len(micro_batches))
-            losses, counts = self.pipeline.results(len(micro_batches))
+            reports = self.pipeline.reports
         else:
-            losses, counts = 0, 0
-            for batch, pull in with_pulls(self.model.embed, micro_batches, self.global_negatives, self.mesh.dp.group):
-                output = self.model(**batch.tensors(), **pull)
-                (output.loss / len(micro_batches)).backward()
-                losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
-        dp = self.mesh.dp
-        losses, counts = dp.mean(torch.as_tensor(losses)).cpu(), dp.sum(torch.as_tensor(counts)).cpu()
+            reports: list[Report] = []
+            for have, stand_ins in first_pass.prepare(self.model, micro_batches, self.mesh.dp, self._run_all):
+                report = self.model(have, stand_ins)
+                (report.loss / len(micro_batches)).backward()
+                reports.append(report.without_graph())
+        figures, counts = totals(self.architecture, reports, self.mesh)
 
-        dp.mean(self.gradients)
+        self.mesh.dp.mean(self.gradients)
         norm = self._norm()
-        applied = bool(norm.isfinite()) and bool(losses.isfinite().all())
+        applied = bool(norm.isfinite()) and bool(figures.isfinite().all())
         if applied:
             if self.clip > 0:
                 clip_grads_with_norm_(self.masters.values(), self.clip, norm)
@@ -74,12 +75,17 @@ class ReplicatedEngine:
             self.applied_steps += 1
             self._copy_masters_to_weights()
         self.gradients.zero_()
-        return StepResult(losses, counts, float(norm), applied)
+        return step_result(self.architecture, figures, counts, float(norm), applied)
+
+    def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        self.model.eval()
+        return first_pass.evaluate(self.model, want, batches, self._run_all)
 
     @torch.no_grad()
-    def evaluate(self, batch: Inputs) -> Output:
-        self.model.eval()
-        return self.pipeline.evaluate(batch) if self.pipeline else self.model(**batch.tensors())
+    def _run_all(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        if self.pipeline:
+            return self.pipeline.forward(want, batches)
+        return [self.model.run(want, batch) for batch in batches]
 
     def fragments(self) -> Iterator[Fragment]:
         for name, master in self.masters.items():

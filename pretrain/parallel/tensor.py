@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.collectives import Group, enter_shards, leave_shards, share_of
-from pretrain.config import Config
-from pretrain.models.architectures import LayerSpec
+from pretrain.collectives import Group, copy_to_tp, reduce_from_tp, share_of
 from pretrain.models.initial import build_layer
+from pretrain.models.layer import Layer
 
 # The end of a module's path -> how its matrix is cut. What is not here is held whole by every rank.
 PLAN = {
@@ -26,8 +25,8 @@ PLAN = {
     "cross.out": "row",
     "mlp.up": "column",
     "mlp.down": "row",
-    "text_embed.token": "vocabulary",
-    "masked_lm_head.decode": "column",  # by vocabulary; its loss is computed without gathering the logits
+    "embed.token": "vocabulary",
+    "head.decode": "column",  # by vocabulary; its loss is computed without gathering the logits
 }
 
 
@@ -58,7 +57,7 @@ class ColumnLinear(nn.Module):
         self.bias = None if full.bias is None else _part(full.bias, 0, start, stop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter_shards(x, self.group), self.weight, self.bias)
+        return F.linear(copy_to_tp(x, self.group), self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -71,7 +70,7 @@ class RowLinear(nn.Module):
         self.bias = full.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave_shards(F.linear(x, self.weight), self.group)
+        y = reduce_from_tp(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -87,7 +86,7 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         elsewhere = (ids < self.start) | (ids >= self.stop)
         found = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
-        return leave_shards(found.masked_fill(elsewhere[..., None], 0), self.group)
+        return reduce_from_tp(found.masked_fill(elsewhere[..., None], 0), self.group)
 
 
 _CUTS: dict[str, Callable[..., nn.Module]] = {
@@ -97,9 +96,7 @@ _CUTS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_part(
-    spec: LayerSpec, config: Config, device: torch.device, group: Group
-) -> tuple[nn.Module, dict[str, Part]]:
+def build_part(spec: Layer, seed: int, device: torch.device, group: Group) -> tuple[nn.Module, dict[str, Part]]:
     """Builds one layer, keeps this rank's part of it, and says which part of each parameter that is.
 
     The initial values are those of the whole layer: every layout starts from the same weights.
@@ -107,7 +104,7 @@ def build_part(
     Returns:
         The layer, and the parts by canonical parameter name.
     """
-    layer = build_layer(spec, config, device)
+    layer = build_layer(spec, seed, device)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     if group is not None:
         for path, module in list(layer.named_modules()):

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import Config
-from pretrain.models.architectures import LayerSpec
-from pretrain.models.model import Output, VisionLanguageModel
+from pretrain.models.layer import Architecture, Flow, Layer
+from pretrain.models.model import Model, Report
 from pretrain.optim import BoundedAdamW, build_optimizer
-from pretrain.parallel.engine import Fragment, Inputs, StepResult
+from pretrain.parallel import first_pass
+from pretrain.parallel.engine import Fragment, StepResult, step_result, totals
 from pretrain.parallel.mesh import TIMEOUT, Axis, Mesh, training_dtype
-from pretrain.parallel.negatives import with_pulls
 from pretrain.parallel.tensor import Part, build_part
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
@@ -31,26 +31,32 @@ class ZeroEngine:
     """Builds the model layer by layer, partitioning each before the next, and trains it."""
 
     def __init__(
-        self, specs: Sequence[LayerSpec], config: Config, mesh: Mesh, micro_batch_per_rank: int, pad_id: int
+        self,
+        architecture: Architecture,
+        stages: Sequence[Sequence[Layer]],
+        config: Config,
+        mesh: Mesh,
+        micro_batch_per_rank: int,
     ) -> None:
         self.device = mesh.device
         self.mesh = mesh
         self.config = config
+        self.architecture = architecture
+        self.stages = stages
         self.stage = config.engine.zero_stage
-        self.global_negatives = config.objectives.contrastive.negatives == "global_batch"
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
         topology = Topology(mesh)
-        layers: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         self.parts: dict[str, Part] = {}
-        for spec in specs:
-            layer, parts = build_part(spec, config, mesh.device, mesh.tp.group)
+        for layer in stages[mesh.pp.rank]:
+            module, parts = build_part(layer, config.seed, mesh.device, mesh.tp.group)
             self.parts |= parts
             # zero.Init would leave a layer that is already built in fp32, whatever its settings say.
-            layer = layer.to(training_dtype(config.engine, mesh.device))
+            module = module.to(training_dtype(config.engine, mesh.device))
             if self.stage == 3:  # without the group, zero.Init would partition over the whole world
-                deepspeed.zero.Init(module=layer, data_parallel_group=topology.dp, config_dict_or_path=settings)
-            layers[spec.name] = layer
-        self.model = VisionLanguageModel(layers, config, pad_id)
+                deepspeed.zero.Init(module=module, data_parallel_group=topology.dp, config_dict_or_path=settings)
+            modules[layer.name] = module
+        self.model = Model(architecture, modules, config.engine.activation_checkpointing)
         optimizer = build_optimizer(
             self.model.named_parameters(),
             {name: part.shape for name, part in self.parts.items()},
@@ -70,38 +76,37 @@ class ZeroEngine:
         mpu = topology if self.mesh.tp.size > 1 else None
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
 
-    def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        losses, counts = 0, 0
         self.engine.train()
-        embed = self.model.embed  # not through DeepSpeed's forward, which prepares a backward pass
-        for batch, pull in with_pulls(embed, micro_batches, self.global_negatives, self.mesh.dp.group):
-            output = self.engine(**batch.tensors(), **pull)
-            losses, counts = losses + output.losses / len(micro_batches), counts + output.counts
+        reports: list[Report] = []
+        # The first pass does not go through DeepSpeed's forward, which prepares a backward pass.
+        for have, stand_ins in first_pass.prepare(self.model, micro_batches, self.mesh.dp, self._run_all):
+            report = self.engine(have, stand_ins)
+            reports.append(report.without_graph())
             # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-            finite = torch.where(output.loss.isfinite(), 1.0, torch.nan)
-            self.engine.backward(output.loss * finite)
+            finite = torch.where(report.loss.isfinite(), 1.0, torch.nan)
+            self.engine.backward(report.loss * finite)
             self.engine.step()
         if self.stage == 3:
             # Stage 3 keeps a parameter's last gradient, and applies it again in a step that gives it none.
             self.optimizer.grad_partitions_flat_buffer.zero_()
-        return self._result(torch.as_tensor(losses), torch.as_tensor(counts))
+        return self._result(reports)
 
-    def _result(self, losses: Tensor, counts: Tensor) -> StepResult:
+    def _result(self, reports: Sequence[Report]) -> StepResult:
         applied = bool(self.engine.was_step_applied())
         self.applied_steps += applied
-        return StepResult(
-            losses=self.mesh.dp.mean(losses).cpu(),
-            counts=self.mesh.dp.sum(counts).cpu(),
-            gradient_norm=float(self.engine.get_global_grad_norm()),
-            applied=applied,
-        )
+        norm = float(self.engine.get_global_grad_norm())
+        return step_result(self.architecture, *totals(self.architecture, reports, self.mesh), norm, applied)
+
+    def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        self.engine.eval()
+        return first_pass.evaluate(self.model, want, batches, self._run_all)
 
     @torch.no_grad()
-    def evaluate(self, batch: Inputs) -> Output:
-        self.engine.eval()
-        return self.engine(**batch.tensors())
+    def _run_all(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+        return [self.model.run(want, batch) for batch in batches]
 
     def fragments(self) -> Iterator[Fragment]:
         pieces = self._partition if self.stage == 3 else self._slice

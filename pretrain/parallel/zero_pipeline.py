@@ -1,6 +1,6 @@
 """ZeRO stage 1 on each stage of a pipeline: DeepSpeed runs the micro-batches through the stages, and the optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import deepspeed
@@ -9,9 +9,10 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from pretrain.models.model import Output
+from pretrain.models.layer import Flow
 from pretrain.optim import BoundedAdamW
-from pretrain.parallel.engine import Inputs, StepResult
+from pretrain.parallel import first_pass
+from pretrain.parallel.engine import StepResult
 from pretrain.parallel.mesh import training_dtype
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.zero import Topology, ZeroEngine
@@ -22,7 +23,7 @@ class ZeroPipelineEngine(ZeroEngine):
 
     def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: Topology) -> Any:
         mesh = self.mesh
-        self.pipeline = Pipeline(self.model, self.config, mesh)
+        self.pipeline = Pipeline(self.model, self.stages, self.config, mesh)
         stages = [self.pipeline.stage if rank == mesh.pp.rank else nn.Identity() for rank in range(mesh.pp.size)]
         ranks = PipeModelDataParallelTopology(num_pp=mesh.pp.size, num_mp=mesh.tp.size, num_dp=mesh.dp.size)
         for group in optimizer.param_groups:
@@ -36,16 +37,15 @@ class ZeroPipelineEngine(ZeroEngine):
         module = PipelineModule(stages, topology=ranks, partition_method="uniform")
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
-    def step(self, micro_batches: Sequence[Inputs], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        count = len(micro_batches)
         self.model.train()
         self.pipeline.begin(micro_batches)
         nothing = torch.empty(0, device=self.device)  # a stage knows its micro-batches already
-        self.engine.train_batch(iter([(nothing, nothing)] * count))
-        return self._result(*self.pipeline.results(count))
+        self.engine.train_batch(iter([(nothing, nothing)] * len(micro_batches)))
+        return self._result(self.pipeline.reports)
 
-    def evaluate(self, batch: Inputs) -> Output:
+    def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
         self.model.eval()
-        return self.pipeline.evaluate(batch)
+        return first_pass.evaluate(self.model, want, batches, self.pipeline.forward)
