@@ -133,8 +133,8 @@ class ModelConfig(Section):
             "embed": size.embed,
         }
         preset["image"]["heads"] = preset["text"]["heads"] = size.heads
-        choice = ARCHITECTURES.get(given.get("architecture", "albef"))
-        for name, section in choice.sections(size).items() if choice else ():
+        choice = ARCHITECTURES.get(str(given.get("architecture")), ARCHITECTURES["albef"])
+        for name, section in choice.sections(size).items():
             preset[name] = preset.get(name, {}) | section
         filled = preset | given
         for name, section in preset.items():
@@ -357,8 +357,9 @@ class Config(Section):
         if not isinstance(given, dict):
             return given
         model, objectives = given.get("model"), given.get("objectives", {})
-        choice = ARCHITECTURES.get(model.get("architecture", "albef") if isinstance(model, dict) else "albef")
-        if choice is None or not isinstance(objectives, dict):
+        name = str(model.get("architecture")) if isinstance(model, dict) else ""
+        choice = ARCHITECTURES.get(name, ARCHITECTURES["albef"])
+        if not isinstance(objectives, dict):
             return given
         return given | {"objectives": {name: {} for name in choice.objectives} | objectives}
 
