@@ -53,10 +53,6 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
         ("model.fusion=null", "model.architecture albef needs model.fusion: remove `null`"),
         ("model.architecture=clipp", "model.architecture: 'clipp' is none of albef, clip"),
         (
-            "model.architecture=clip",
-            "model.architecture clip has no objectives.matching: remove it, or choose albef",
-        ),
-        (
             "objectives.matching.pool=24",
             "objectives.matching.pool 24 neither divides data.grain 16 nor is a multiple of it that divides the 64 "
             "samples of a micro-step (training.global_batch 64 / training.accumulation 1): sizes that fit are 2, 4, 8, "
@@ -100,6 +96,12 @@ def test_a_pipeline_that_cannot_work_names_both_keys_and_the_fix(path, overrides
 def test_offload_without_zero_names_both_keys(path):
     with pytest.raises(ConfigError, match=r"engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0"):
         load_config(path, ["engine.offload=cpu", "engine.zero_stage=0"])
+
+
+def test_an_objective_that_the_architecture_does_not_have_is_refused_with_one_that_has(path):
+    message = "model.architecture clip has no objectives.matching: remove it, or choose albef"
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, ["model.architecture=clip", "objectives.matching.pool=4"])
 
 
 def test_a_section_that_the_architecture_does_not_have_is_refused(path):
