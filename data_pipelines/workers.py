@@ -30,7 +30,8 @@ from data_pipelines.errors import DataError, UserError
 PREFETCH_FACTOR = 4  # micro-batches a worker keeps ready
 MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows them; many start a process with 1,024
 
-_MultiProcessingDataLoaderIter._shutdown = True  # of one that failed half-made: its destructor asks
+# Of one that failed half-made, whose destructor asks.
+_MultiProcessingDataLoaderIter._shutdown = True  # pyright: ignore[reportAttributeAccessIssue]
 
 Item = TypeVar("Item")
 

@@ -82,6 +82,10 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
         return self.world.from_first(problem)
 
+    def has_begun(self) -> bool:
+        """Whether the run has saved before."""
+        return bool(self._contents()[0])
+
     def newest_valid(self, quarantine: bool = True, step: int | None = None) -> Path | None:
         """The newest checkpoint whose every byte is what was written, or None in a run that has none.
 

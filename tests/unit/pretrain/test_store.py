@@ -148,7 +148,8 @@ def test_nothing_in_a_checkpoint_is_pickled(store):
 
 
 @pytest.mark.parametrize(
-    "name", ["step-backup", "step-000000002-best", "step-best", "step-old", "step-2", "step-0000000002", "step-000000009"]
+    "name",
+    ["step-backup", "step-000000002-best", "step-best", "step-old", "step-2", "step-0000000002", "step-000000009"],
 )
 def test_a_copy_of_a_checkpoint_is_neither_read_nor_deleted_and_is_named(store, name, capsys):
     for step in (1, 2, 4):
