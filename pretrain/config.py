@@ -418,13 +418,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one.")
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Checks a tree of plain values after applying `key.path=value` overrides; `source` is named in the errors."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Checks a tree of plain values; `source` is named in the errors."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
