@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from e2e.conftest import metrics, run, tiny_run, write_config
 
 OBJECTIVES = ("contrastive", "matching", "masked_lm")
-DUAL = {"model.architecture": "dual_encoder", "objectives.matching": "null", "objectives.masked_lm": "null"}
+CLIP = {"model.architecture": "clip"}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def test_another_split_is_given_by_its_manifest(finished, corpus):
     assert "64 pairs of heldout" in result.out
 
 
-def test_a_dual_encoder_trains_and_is_evaluated_by_the_same_commands(corpus, tmp_path):
+def test_clip_trains_and_is_evaluated_by_the_same_commands(corpus, tmp_path):
     tree = tiny_run(corpus, tmp_path / "run")
     del tree["model"]["fusion"]
     config = write_config(tree, tmp_path / "run.yaml")
-    overrides = [f"{key}={value}" for key, value in DUAL.items()]
+    overrides = [f"{key}={value}" for key, value in CLIP.items()]
     result = run("launch", "local", config.path, "training.steps=6", *overrides)
     assert result.code == 0, result.err
     result = run("pretrain", "evaluate", config.output)
