@@ -35,8 +35,10 @@ def change_members(shard: Path, suffix: str, content: bytes, most: int = 10**9) 
 
 
 def test_a_copied_checkpoint_a_changed_config_and_a_terminal_of_ascii_on_a_full_disk(corpus, tmp_path):
-    config = write_config(tiny_run(corpus, tmp_path / "l\u00e4uft"), tmp_path / "run.yaml")
-    short = ("checkpoint.every=2", "optimizer.warmup_steps=1", "data.workers=64", "training.global_batch=1600")
+    tree = tiny_run(corpus, tmp_path / "l\u00e4uft")
+    tree["data"] |= {"train": tree["data"]["heldout"], "heldout": None}
+    config = write_config(tree, tmp_path / "run.yaml")
+    short = ("checkpoint.every=2", "optimizer.warmup_steps=1", "data.workers=64", "training.global_batch=128")
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "pretrain", "train", str(config.path), *ALONE, *short]
     with Path("/dev/full").open("w") as full:
@@ -63,7 +65,7 @@ def test_a_copied_checkpoint_a_changed_config_and_a_terminal_of_ascii_on_a_full_
         f"Resumed from {checkpoints / 'step-000000004'}, saved on 1 ranks, at step 4.",
         "Changed since step 4: optimizer.learning_rate: 0.001 -> 0.0005; training.steps: 4 -> 8.",
         "resumed at step 4. 68,380 parameters",
-        "A step takes 1,600 samples of train, which has 848 in an epoch: steps repeat samples.",
+        "A step takes 128 samples of train, which has 64 in an epoch: steps repeat samples.",
         f"data.workers is 64, and a rank may use {len(os.sched_getaffinity(0))} cores here",
     ):
         assert any(words.encode("ascii", "backslashreplace").decode() in line for line in said), (words, said)
