@@ -6,23 +6,19 @@ Shapes: N samples, L text length, P patches, D width, E embedding width, K maske
 
 import contextlib
 import copy
-import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data_pipelines.batch import Record
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import HeldoutData
-from data_pipelines.manifest import normalised, write_atomically
 from data_pipelines.tokenizer import Tokenizer
 from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.store import CheckpointStore, read_run
@@ -40,20 +36,12 @@ from pretrain.parallel.mesh import ALONE, training_dtype
 from pretrain.parallel.tensor import whole
 from pretrain.retrieval import Gallery, Recall, Reranker
 from pretrain.run_folder import kept_tokenizers
+from pretrain.scores import HELDOUT, Score, name_of, show, write
 from pretrain.screen import say
+from pretrain.zero_shot import prompts_beside, zero_shot_accuracy
 
-HELDOUT = "heldout"  # the name of the split that the run's config names
 LayerT = TypeVar("LayerT", bound=nn.Module)
 BATCH = 64  # samples, or pairs, in one forward pass
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure, and what guessing would score."""
-
-    name: str
-    value: float
-    chance: float
 
 
 @torch.no_grad()
@@ -80,28 +68,24 @@ def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, 
         model = load_model(config, data, checkpoint, device)
     if complaint := data.complaint():
         say(complaint)
-    prompts = prompts_beside(data)
+    prompts = prompts_beside(data.manifest.path)
     evaluated = encode_split(model, data)
     scores = evaluate(model, data, evaluated, rerank)
     problems = []
     if prompts is not None:
         try:
-            scores.append(zero_shot(model, data, evaluated, prompts))
+            metadata = [evaluated.records[pair].metadata for pair in evaluated.gallery.first_pair.tolist()]
+            embed = partial(_embed_captions, model, data)
+            scores.append(zero_shot_accuracy(evaluated.gallery.images, metadata, prompts, embed))
         except DataError as error:
             problems.append(str(error))
 
-    name = name_of(data, run["config"]["data"]["heldout"])
+    name = name_of(data.manifest, run["config"]["data"]["heldout"])
     say(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}, {len(evaluated.gallery.images)} images:")
-    table = Table()
-    for heading in ("", "score", "chance"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for score in scores:
-        table.add_row(score.name, f"{score.value:.3f}", f"{score.chance:.3f}")
-    with contextlib.suppress(OSError):
-        Console().print(table)
+    show(scores)
     path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
     try:
-        write_atomically(path, lambda tmp: tmp.write_text(report(checkpoint, data, scores)))
+        write(path, scores, checkpoint=checkpoint, data=data)
         say(f"Written to {path}.")
     except DataError as error:
         problems.append(f"{error} The figures above are complete.")
@@ -109,38 +93,12 @@ def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, 
         raise DataError("\n".join(problems))
 
 
-def report(checkpoint: Path, data: HeldoutData, scores: list[Score]) -> str:
-    """The scores, and what they were measured on, as JSON."""
-    figures = {
-        score.name: {"value": score.value if math.isfinite(score.value) else None, "chance": score.chance}
-        for score in scores
-    }
-    content = {
-        "checkpoint": str(checkpoint),
-        "manifest": str(data.manifest.path),
-        "manifest_hash": data.manifest.hash,
-        "samples": len(data),
-        "bad_samples": len(data.bad),
-        "scores": figures,
-    }
-    return json.dumps(content, indent=1, allow_nan=False)
-
-
-def name_of(data: HeldoutData, heldout: str | None) -> str:
-    """The name of a split in messages and files: no two manifests have the same."""
-    if heldout is not None and data.manifest.path == normalised(Path(heldout)):
-        return HELDOUT
-    return f"{data.manifest.path.parent.name}-{data.manifest.hash[:8]}"
-
-
 @contextlib.contextmanager
 def _still_there(checkpoint: Path) -> Iterator[None]:
     """A live run removes old checkpoints, also one that is being read."""
     try:
         yield
-    except (OSError, SafetensorError):
-        if checkpoint.exists():
-            raise
+    except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} was removed while it was read, as a run does that goes on: evaluate again, or raise "
             f"checkpoint.keep."
@@ -297,79 +255,23 @@ def masked_lm_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float
     return right / max(asked, 1)
 
 
-def zero_shot(model: VisionLanguageModel, data: HeldoutData, split: EncodedSplit, prompts: "Prompts") -> Score:
-    """Each image's class by the nearest mean of its classes' prompts, among the classes that occur.
-
-    Source: CLIP, section 3.1.4.
-
-    Raises:
-        DataError: no image has a class.
-    """
-    gallery = split.gallery
-    metadata = [split.records[pair].metadata for pair in gallery.first_pair.tolist()]
-    truths = [str(fields[prompts.field]) if prompts.field in fields else None for fields in metadata]
-    names = [name for name in prompts.classes if name in set(truths)]
-    if not names:
-        found = ", ".join(sorted({truth for truth in truths if truth is not None})[:5])
-        raise DataError(
-            f"No zero-shot accuracy: the field {prompts.field!r} of the samples' json "
-            + (f"names none of the classes of {prompts.path}, but {found}." if found else "is in none of them.")
-        )
-    means = []
-    for name in names:
-        embeddings = torch.cat([_embed_captions(model, data, part) for part in _chunks(prompts.classes[name], BATCH)])
-        means.append(torch.nn.functional.normalize(embeddings.mean(dim=0), dim=0))
-    guesses = (gallery.images @ torch.stack(means).T).argmax(dim=1).tolist()
-    right = [names[guess] == truth for guess, truth in zip(guesses, truths, strict=True) if truth in names]
-    left_out = f" of {len(prompts.classes)}" if len(names) < len(prompts.classes) else ""
-    if len(right) < len(truths):
-        say(f"Zero-shot: {len(truths) - len(right)} of {len(truths)} images have no class of {prompts.path}.")
-    return Score(f"zero-shot accuracy, {len(names)}{left_out} classes", sum(right) / len(right), 1 / len(names))
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What names a sample's class, and what is said of each class."""
-
-    path: Path
-    field: str
-    classes: dict[str, list[str]]
-
-
-def prompts_beside(data: HeldoutData) -> Prompts | None:
-    """`prompts.json` next to the manifest: the metadata field that names the class, and each class's prompts."""
-    path = data.manifest.path.with_name("prompts.json")
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        classes = {name: [said] if isinstance(said, str) else said for name, said in content["classes"].items()}
-        if not isinstance(content["field"], str) or not classes:
-            raise ValueError("no field, or no classes")
-        for name, said in classes.items():
-            if not (isinstance(said, list) and said and all(isinstance(prompt, str) and prompt for prompt in said)):
-                raise ValueError(f"the prompts of {name!r} are no list of texts")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'{path} cannot be used ({error}): write {{"field": "label", "classes": {{"cat": ["a photo of a cat"]}}}}.'
-        ) from None
-    return Prompts(path, content["field"], classes)
-
-
 def _recalls(direction: str, suffix: str, recalls: dict[int, Recall]) -> Iterator[Score]:
     for k, (value, chance) in recalls.items():
         yield Score(f"{direction} R@{k}{suffix}", value, chance)
 
 
-def _embed_captions(model: VisionLanguageModel, data: HeldoutData, captions: list[str]) -> Tensor:
+def _embed_captions(model: VisionLanguageModel, data: HeldoutData, captions: Sequence[str]) -> Tensor:
     embed = _layer(model, "text_embed", TextEmbed)
     rows = [data.tokenizer.encode(caption, len(embed.position))[0] for caption in captions]
-    ids = torch.stack([torch.from_numpy(row) for row in rows]).to(_device(model))
-    text, mask = embed.embed(ids), (ids != model.pad_id).long()
-    for layer in model.children():
-        if isinstance(layer, TextBlock):
-            text = layer.transform(text, mask)
-    return _layer(model, "align", Align).embed_text(text).cpu()
+    embeddings = []
+    for ids in torch.from_numpy(np.stack(rows)).split(BATCH):
+        ids = ids.to(_device(model))
+        text, mask = embed.embed(ids), (ids != model.pad_id).long()
+        for layer in model.children():
+            if isinstance(layer, TextBlock):
+                text = layer.transform(text, mask)
+        embeddings.append(_layer(model, "align", Align).embed_text(text).cpu())
+    return torch.cat(embeddings)
 
 
 def _run_towers(model: VisionLanguageModel, flow: Flow) -> Flow:
@@ -397,7 +299,3 @@ def _layer(model: VisionLanguageModel, name: str, kind: type[LayerT]) -> LayerT:
 
 def _device(model: VisionLanguageModel) -> torch.device:
     return next(model.parameters()).device
-
-
-def _chunks(items: list[str], size: int) -> Iterable[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
