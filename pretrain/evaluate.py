@@ -58,13 +58,13 @@ def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, 
     checkpoint = store.newest_valid(quarantine=False, step=step)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
-    with _still_there(checkpoint):
+    with still_there(checkpoint):
         run = read_run(checkpoint)
     config = parse_config(copy.deepcopy(run["config"]), str(checkpoint), overrides)
     if split != HELDOUT:
         config = config.model_copy(update={"data": config.data.model_copy(update={"heldout": Path(split)})})
     data = open_split(config, run_folder, run["tokenizer"])
-    with _still_there(checkpoint):
+    with still_there(checkpoint):
         model = load_model(config, data, checkpoint, device)
     if complaint := data.complaint():
         say(complaint)
@@ -94,7 +94,7 @@ def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, 
 
 
 @contextlib.contextmanager
-def _still_there(checkpoint: Path) -> Iterator[None]:
+def still_there(checkpoint: Path) -> Iterator[None]:
     """A live run removes old checkpoints, also one that is being read."""
     try:
         yield
