@@ -39,7 +39,9 @@ class HeldoutData:
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.manifest = Manifest.load(config.heldout)
         self._reader = ShardReader(self.manifest, config.cache, config.patience_s)
-        self._assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed)
+        self._assembler = Assembler(
+            self.tokenizer, image_size, text_length, mask_probability, seed, config.exif_orientation
+        )
 
     def __len__(self) -> int:
         return self.manifest.samples

@@ -123,7 +123,7 @@ def test_unusable_samples_are_counted_by_reason_and_those_that_filters_left_out_
         member(3) | {"txt": b""},
     ]
     write_shard(tmp_path / "a.tar", [*bad, member(4), member(5) | {"txt": b"long " * 50}])
-    expected = {"no image": 1, "caption is not UTF-8": 1, "the header of the image cannot be read": 1}
+    expected = {"no image": 1, "caption is not UTF-8": 1, "image cannot be decoded (not JPEG, PNG or WebP)": 1}
     expected[Fault.EMPTY_CAPTION.reason] = 1
     census = census_of(tmp_path)
     assert (census.unusable, census.samples, census.left_out) == (expected, 2, 0)
