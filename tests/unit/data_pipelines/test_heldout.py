@@ -59,7 +59,7 @@ def test_images_are_turned_as_exif_says_unless_the_config_says_that_they_are_alr
     assert torch.equal(seen, torch.rot90(stored, -1, (2, 3)))
     assert not torch.equal(seen, stored)
     data = [photos.training(exif_orientation=value, crop_scale=(1, 1)) for value in (True, False)]
-    seen, stored = (next(iter(each.batches(0))).images for each in data)
+    seen, stored = (next(iter(each.batches(each.initial_state()))).images for each in data)
     assert torch.equal(seen, torch.rot90(stored, -1, (2, 3)))
 
 
