@@ -121,11 +121,11 @@ def _crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray:
         _check_scans(data, header)
     if header.format == "JPEG" and header.components in (1, 3):
         height, width = (-(-side * eighths // 8) for side in (header.height, header.width))
-        try:
-            pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
-        except ValueError:
-            pass  # Pillow forgives what can be forgiven, such as stray bytes between segments
-        else:
+        for whole in (data, data + b"\xff\xd9"):  # the end may be missing where no pixel is
+            try:
+                pixels = simplejpeg.decode_jpeg(whole, min_height=height, min_width=width)
+            except ValueError:
+                continue  # Pillow forgives what can be forgiven, such as stray bytes between segments
             left, top, right, bottom = _corners(box, header, *pixels.shape[:2])
             return pixels[top:bottom, left:right]
     try:
@@ -142,7 +142,8 @@ def _crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like on damaged bytes
-        raise SampleError(f"image cannot be decoded ({header.oddity or type(error).__name__})") from error
+        why = header.oddity or ("it is cut short" if "truncated" in str(error).lower() else type(error).__name__)
+        raise SampleError(f"image cannot be decoded: {why}") from error
 
 
 def _eighths(header: Header, box: Box, size: int) -> int:

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from data_pipelines.errors import SampleError
 
 Format = Literal["JPEG", "PNG", "WebP"]
 
+FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WebP")  # other decoders are never offered untrusted bytes
+
 _PNG = b"\x89PNG\r\n\x1a\n"
-_OTHERS = (  # what else is found under the name of an image
-    (re.compile(rb"GIF8[79]a"), "GIF"),
-    (re.compile(rb"BM"), "BMP"),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
-    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "AVIF"),
-    (re.compile(rb"....ftyp(hei|hev|mif|msf)", re.DOTALL), "HEIC"),
-    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
-    (re.compile(rb"\s*<(!doctype|html|head|\?xml|svg)", re.IGNORECASE), "HTML or XML"),
+_SIGNATURES = (
+    *((b"\xff\xd8", "JPEG"), (_PNG, "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF")),
+    *((b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF")),
+    *((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG 2000")),
+    *((b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\0\0\1\0", "ICO"), (b"8BPS", "PSD")),
 )
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC")
+_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml|svg)", re.IGNORECASE)  # as servers send in place of an image
 
 # JPEG markers: ITU-T T.81, table B.1. One byte that is not 0 after one or more of 255 begins a segment.
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
@@ -63,26 +64,37 @@ class Header(NamedTuple):
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
 
+def image_format(data: bytes) -> str:
+    """What the first bytes say an image is, such as "JPEG" or "GIF"; empty where they are of no image.
+
+    Training reads those in `FORMATS`.
+    """
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if data.startswith(b"RIFF"):
+        return "WebP" if data[8:12] == b"WEBP" else ""
+    if data.startswith(b"BM"):  # two letters alone may begin a text
+        return "BMP" if data[6:10] == bytes(4) and data[15:18] == bytes(3) else ""
+    return next((name for start, name in _SIGNATURES if data.startswith(start)), _BRANDS.get(brand, ""))
+
+
 def read_header(data: bytes) -> Header:
     """Reads what stands before the pixels.
 
     Raises:
         SampleError: Neither JPEG, PNG nor WebP, or its size is unknown.
     """
+    found = image_format(data)
+    if found not in _READERS:
+        wanted = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        if found:
+            raise SampleError(f"{found} is not supported: convert it to {wanted}")
+        raise SampleError(f"image cannot be decoded: it is {'HTML or XML' if _PAGE.match(data) else f'no {wanted}'}")
     try:
-        if data.startswith(b"\xff\xd8"):
-            header = _jpeg(data)
-        elif data.startswith(_PNG):
-            header = _png(data)
-        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            header = _webp(data)
-        else:
-            kind = next((name for pattern, name in _OTHERS if pattern.match(data)), "")
-            raise SampleError(f"image cannot be decoded ({kind and f'{kind}, '}not JPEG, PNG or WebP)")
+        header = _READERS[found](data)
     except (IndexError, struct.error):
         header = None
     if header is None or not (header.height and header.width):
-        raise SampleError("image cannot be decoded (its size is unknown)")
+        raise SampleError("image cannot be decoded: its size is unknown")
     return header
 
 
@@ -147,9 +159,11 @@ def bare(data: bytes, header: Header) -> bytes:
         parts = [b"\xff\xd8"]
         for marker, start, stop in jpeg_segments(data):
             if marker == _SCAN:
-                return b"".join([*parts, b"\xff\xda", data[start - 2 :]])
+                parts.append(b"\xff\xda" + data[start - 2 :])
+                break
             if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # Adobe's tells the colours
                 parts.append(bytes((0xFF, marker)) + data[start - 2 : stop])
+        return b"".join(parts)
     if header.format == "PNG":  # chunks with a small first letter may be left out: PNG (third edition), section 5.4
         wanted = [data[at : stop + 4] for kind, at, stop in _png_chunks(data) if kind[0] < 97 or kind == b"tRNS"]
         return b"".join([_PNG, *wanted])
@@ -210,3 +224,6 @@ def _orientation(exif: bytes) -> int:
     except (struct.error, KeyError):
         pass
     return 1
+
+
+_READERS: dict[str, Callable[[bytes], Header | None]] = {"JPEG": _jpeg, "PNG": _png, "WebP": _webp}

@@ -1,8 +1,10 @@
 """Images decode as Pillow decodes them, only faster; crops are keyed by position."""
 
 import io
+import re
 import struct
 import zlib
+from random import Random
 
 import numpy as np
 import pytest
@@ -213,6 +215,9 @@ NOT_THE_IMAGE = {
     "stray bytes": PLAIN[:20] + b"\0\0" + PLAIN[20:],
     "stray bytes at the beginning": PLAIN[:2] + b"\0\0" + PLAIN[2:],
     "stray bytes and a broken list of pictures": PLAIN[:2] + b"\0" + with_segments(PLAIN, (0xE2, b"MPF\0MM\0*"))[2:],
+    "no end": PLAIN[:-2],
+    "no end, progressive": progressive()[:-2],
+    "half an end": PLAIN[:-1],
     "fill bytes before the end": PLAIN[:-2] + b"\xff\xff\xd9",
 }
 
@@ -303,6 +308,28 @@ def test_what_is_transparent_in_a_webp_is_white():
     assert decode_crop(data, centre_box, 4).min() == 255
 
 
+def test_whatever_becomes_of_its_bytes_an_image_is_read_or_refused_by_one_sentence(
+    recwarn: pytest.WarningsRecorder,
+):
+    rng, said = Random(0), set()
+    forms = [encoded(portrait(), form, exif=exif(6)) for form in ("JPEG", "PNG", "WEBP")]
+    forms += [progressive(), encoded(portrait().convert("P"), "PNG", transparency=0), TRANSPARENT["RGB, 16 bits"][0]]
+    for number in range(900):
+        data = bytearray(forms[number % len(forms)])
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(min(len(data), rng.choice((64, 800, len(data)))))
+            data[at : at + rng.choice((0, 1, 1, 2))] = rng.randbytes(rng.choice((0, 1, 1, 4)))
+        del data[rng.choice((len(data), len(data), rng.randrange(len(data)))) :]
+        try:
+            height, width = read_header(bytes(data)).upright_size
+            assert min(height, width) > 0
+            assert decode_crop(bytes(data), centre_box, 8).shape == (8, 8, 3)
+        except SampleError as error:
+            said.add(re.sub(r"^[A-Z].*(?= is not)|\d+ x \d+|: .*", "", str(error)))
+    assert said <= {"image cannot be decoded", " is not supported", "image of  pixels is larger than 64,000,000"}
+    assert not recwarn.list, "nothing of Pillow's is shown"
+
+
 def test_palettes_are_read_at_their_true_brightness():
     data = encoded(Image.new("RGB", (8, 8), (10, 200, 30)).convert("P"), "PNG")
     assert decode_crop(data, centre_box, 4)[0, 0].tolist() == pytest.approx([10, 200, 30], abs=30)
@@ -310,10 +337,9 @@ def test_palettes_are_read_at_their_true_brightness():
 
 @pytest.mark.parametrize("data", [jpeg(0)[:300], jpeg(0)[:-900], encoded(portrait(), "PNG")[:-40]])
 def test_what_is_no_whole_image_is_refused(data: bytes):
-    with pytest.raises(SampleError, match="image cannot be decoded"):
-        decode_crop(data, centre_box, 8)
-    with pytest.raises(SampleError, match="image cannot be decoded"):
-        check_image(data)
+    for use in (exact, check_image):
+        with pytest.raises(SampleError, match="image cannot be decoded: (it is cut short|its size is unknown)"):
+            use(data)
 
 
 def at_frame(data: bytes, offset: int, new: bytes, marker: int = 0xC0) -> bytes:
@@ -322,32 +348,35 @@ def at_frame(data: bytes, offset: int, new: bytes, marker: int = 0xC0) -> bytes:
     return data[: at + offset] + new + data[at + offset + len(new) :]
 
 
+CONVERT = "is not supported: convert it to JPEG, PNG or WebP"
 REFUSED = {
-    b"": "not JPEG, PNG or WebP",
-    b"not an image": "not JPEG, PNG or WebP",
-    b"\r\n" + PLAIN: "not JPEG, PNG or WebP",
-    b"<!DOCTYPE html><html>": "HTML or XML, not JPEG, PNG or WebP",
-    b"\n<?xml version='1.0'?><svg/>": "HTML or XML, not",
-    encoded(portrait(), "GIF", save_all=True, append_images=[smooth(48, 48)]): "GIF, not",
-    encoded(portrait(), "BMP"): "BMP, not",
-    encoded(portrait(), "TIFF"): "TIFF, not",
-    encoded(portrait(), "AVIF"): "AVIF, not",
-    b"\0\0\0\x18ftypheic": "HEIC, not",
-    b"\xff\x0a\0\0": "JPEG XL, not",
-    b"\xff\xd8\xff": "its size is unknown",
-    b"\x89PNG\r\n\x1a\n": "its size is unknown",
-    b"RIFF\4\0\0\0WEBP": "its size is unknown",
-    b"RIFF\4\0\0\0WEBPVP8X\x0a\0\0\0\0": "its size is unknown",
-    at_frame(PLAIN, 5, b"\0\0"): "its size is unknown",  # told after the pixels (DNL), which libjpeg does not look at
-    at_frame(PLAIN, 4, b"\x0c"): "12 bits a colour",
-    at_frame(PLAIN, 4, b"\x08", 0xC5): "hierarchical JPEG",
+    b"": "image cannot be decoded: it is no JPEG, PNG or WebP",
+    b"not an image": "image cannot be decoded: it is no JPEG, PNG or WebP",
+    b"\r\n" + PLAIN: "image cannot be decoded: it is no JPEG, PNG or WebP",
+    b"<!DOCTYPE html><html>": "image cannot be decoded: it is HTML or XML",
+    b"\n<?xml version='1.0'?><svg/>": "image cannot be decoded: it is HTML or XML",
+    encoded(portrait(), "GIF", save_all=True, append_images=[smooth(48, 48)]): f"GIF {CONVERT}",
+    encoded(portrait(), "BMP"): f"BMP {CONVERT}",
+    encoded(portrait(), "TIFF"): f"TIFF {CONVERT}",
+    encoded(portrait(), "AVIF"): f"AVIF {CONVERT}",
+    b"\0\0\0\x18ftypheic": f"HEIC {CONVERT}",
+    b"\xff\x0a\0\0": f"JPEG XL {CONVERT}",
+    b"\xff\xd8\xff": "image cannot be decoded: its size is unknown",
+    b"\x89PNG\r\n\x1a\n": "image cannot be decoded: its size is unknown",
+    b"RIFF\4\0\0\0WEBP": "image cannot be decoded: its size is unknown",
+    b"RIFF\4\0\0\0WEBPVP8X\x0a\0\0\0\0": "image cannot be decoded: its size is unknown",
+    at_frame(
+        PLAIN, 5, b"\0\0"
+    ): "image cannot be decoded: its size is unknown",  # told after the pixels (DNL), which libjpeg does not look at
+    at_frame(PLAIN, 4, b"\x0c"): "image cannot be decoded: 12 bits a colour",
+    at_frame(PLAIN, 4, b"\x08", 0xC5): "image cannot be decoded: hierarchical JPEG",
 }
 
 
 @pytest.mark.parametrize(("data", "reason"), REFUSED.items())
 def test_what_is_refused_is_told_for_what_it_is(data: bytes, reason: str):
     for use in (exact, check_image):
-        with pytest.raises(SampleError, match=rf"image cannot be decoded \({reason}"):
+        with pytest.raises(SampleError, match=reason):
             use(data)
     if "bits" not in reason and "hier" not in reason:
         assert size_of(data) == (0, 0)

@@ -41,7 +41,7 @@ def test_records_tell_a_person_what_the_samples_are(corpus: Corpus):
 
 def test_a_held_out_sample_that_cannot_be_used_is_an_error(tmp_path: Path, tokenizer_path: Path):
     spoilt = make_corpus(tmp_path, tokenizer_path, (9,), lambda i, m: m | {"jpg": b"x"} if i == 5 else m)
-    with pytest.raises(DataError, match=r"Held-out sample 00005 in shard .*: image cannot be decoded .*Mend it or"):
+    with pytest.raises(DataError, match=r"Held-out sample 00005 in shard .*: image cannot be decoded: .*Mend it or"):
         list(spoilt.heldout().batches(3))
 
 
