@@ -27,8 +27,6 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPACE = "\u2581"  # sentencepiece's sign for the space that begins a word
 _UNKNOWN = "\u2585"  # sentencepiece's sign for what it does not know: it passes over captions that have it
-_MAX_WORD = 1000  # characters: sentencepiece cannot train on 65,536 without a space
-_WORD = re.compile(rf"\S{{1,{_MAX_WORD}}}")
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
 
 
@@ -207,7 +205,7 @@ def train_sentencepiece(
     def texts() -> Iterator[str]:
         nonlocal num_texts
         for caption in captions:
-            if text := " ".join(_WORD.findall(caption.replace(_UNKNOWN, " "))):
+            if text := " ".join(caption.replace(_UNKNOWN, " ").split()):
                 num_texts += 1
                 yield text
 

@@ -193,7 +193,7 @@ def padded(data: bytes, marker: bytes) -> bytes:
 
 
 PLAIN = encoded(portrait(), "JPEG", quality=95)
-SCANS = b"\xff\xda\0\x0c" * 150
+SCANS = b"\xff\xda\0\2" * 150
 NOT_THE_IMAGE = {
     "an MP4 behind it": PLAIN + b"\0\0\0\x18ftypmp42" + SCANS,
     "a ZIP behind it": PLAIN + b"PK\3\4" + SCANS,
