@@ -121,9 +121,9 @@ def _crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray:
         _check_scans(data, header)
     if header.format == "JPEG" and header.components in (1, 3):
         height, width = (-(-side * eighths // 8) for side in (header.height, header.width))
-        for whole in (data, data + b"\xff\xd9"):  # the end may be missing where no pixel is
+        for end in (b"", b"\xff\xd9"):  # which may be missing where no pixel is
             try:
-                pixels = simplejpeg.decode_jpeg(whole, min_height=height, min_width=width)
+                pixels = simplejpeg.decode_jpeg(data + end, min_height=height, min_width=width)
             except ValueError:
                 continue  # Pillow forgives what can be forgiven, such as stray bytes between segments
             left, top, right, bottom = _corners(box, header, *pixels.shape[:2])
