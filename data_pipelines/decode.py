@@ -22,7 +22,15 @@ from data_pipelines.errors import SampleError
 
 MAX_PIXELS = 64_000_000  # an 8000 x 8000 photograph; a decompression bomb declares far more
 MAX_SCANS = 100  # of a JPEG; progressive ones have about ten, and each decodes the whole image once more
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders are never offered untrusted bytes
+FORMATS = ("JPEG", "PNG", "WebP")  # Pillow's other decoders are never offered untrusted bytes
+
+_SIGNATURES = (
+    *((b"\xff\xd8", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF")),
+    *((b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF")),
+    *((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG 2000")),
+    *((b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\0\0\1\0", "ICO"), (b"8BPS", "PSD")),
+)
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC")
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would print warnings above its own bound, before ours is looked at
 
@@ -47,6 +55,19 @@ def decode_crop(data: bytes, choose_box: ChooseBox, size: int) -> np.ndarray:
     if crop.shape[:2] != (size, size):
         crop = _resized(crop, size)
     return cv2.flip(crop, 1) if flip else np.ascontiguousarray(crop)
+
+
+def image_format(data: bytes) -> str:
+    """What the first bytes say an image is, such as "JPEG" or "GIF"; empty where they are of no image.
+
+    Training reads those in `FORMATS`.
+    """
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if data.startswith(b"RIFF"):
+        return "WebP" if data[8:12] == b"WEBP" else ""
+    if data.startswith(b"BM"):  # two letters alone may begin a text
+        return "BMP" if data[6:10] == bytes(4) and data[15:18] == bytes(3) else ""
+    return next((name for start, name in _SIGNATURES if data.startswith(start)), _BRANDS.get(brand, ""))
 
 
 def check_image(data: bytes) -> None:
@@ -99,7 +120,7 @@ def _cut(pixels: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
 
 def _crop_any(data: bytes, choose_box: ChooseBox) -> tuple[np.ndarray, bool]:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=[name.upper() for name in FORMATS]) as image:
             _check_pixels(image.height, image.width)
             box = choose_box(image.height, image.width)
             crop = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))

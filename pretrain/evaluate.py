@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipelines.batch import Record
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import HeldoutData
+from data_pipelines.text import decode_text, to_json
 from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config, parse_config
@@ -64,7 +65,8 @@ def main(run_folder: Path, split: str, rerank: int) -> None:
     name = split if split == "heldout" else Path(split).resolve().parent.name
     path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
     figures = {score.name: {"value": score.value, "chance": score.chance} for score in scores}
-    path.write_text(json.dumps({"checkpoint": str(checkpoint), "samples": len(data), "scores": figures}, indent=1))
+    content = {"checkpoint": str(checkpoint), "samples": len(data), "scores": figures}
+    path.write_text(to_json(content, indent=1), encoding="utf-8")
     print(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
     table = Table()
     for heading in ("", "score", "chance"):
@@ -251,7 +253,7 @@ def prompts_beside(data: HeldoutData) -> dict | None:
     if not path.exists():
         return None
     try:
-        prompts = json.loads(path.read_text())
+        prompts = json.loads(decode_text(path.read_bytes()))
         if not (isinstance(prompts["field"], str) and prompts["classes"] and all(prompts["classes"].values())):
             raise ValueError("no field, or a class without prompts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,6 @@
 """What a run says of itself: a line on the screen, metrics.jsonl, TensorBoard. Units are in the names."""
 
 import json
-import math
 import resource
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipelines.batch import BadSample
+from data_pipelines.text import to_json
 from pretrain.config import Config
 from pretrain.errors import StorageError
 
@@ -66,18 +66,17 @@ class Metrics:
     def step(self, step: int, values: dict[str, float]) -> None:
         """One optimizer step's values, by name."""
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with self._surviving_a_full_disk():
-            self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
+            self._jsonl.write(to_json({"step": step, **values}) + "\n")
             self._jsonl.flush()
         self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
 
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
-        lines = (json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) for sample in samples)
+        lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
         with (
             self._surviving_a_full_disk(),
-            (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file,
+            (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file,
         ):
             file.write("".join(f"{line}\n" for line in lines))
 

@@ -18,7 +18,7 @@ PATHS = {
 
 ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
-    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors"),
+    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors", "data_pipelines.text"),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
@@ -28,7 +28,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
-    "pretrain.metrics": ("pretrain.config", "pretrain.errors", "data_pipelines.batch"),
+    "pretrain.metrics": ("pretrain.config", "pretrain.errors", "data_pipelines.batch", "data_pipelines.text"),
     "pretrain.retrieval": (),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
