@@ -19,7 +19,7 @@ from data_pipelines.pairs import Pairs, Row
 from data_pipelines.sample import Sample, hash64
 from data_pipelines.shards import filled, write_shard
 from data_pipelines.tar import MAX_MEMBER_BYTES
-from data_pipelines.text import cut, to_json
+from data_pipelines.text import counted, cut, to_json
 
 _EXTENSIONS: dict[str, str] = dict(zip(FORMATS, ("jpg", "png", "webp"), strict=True))
 
@@ -74,7 +74,7 @@ def pack(
         for name, split in splits.items():
             shards = _write_shards(place / name, iter(split), samples_per_shard)
             if not shards:
-                raise _nothing(pairs.source, packed, heldout)
+                raise _too_few(pairs.source, packed, len(kept))
             manifest, _ = build_manifest(shards, place / name / "manifest.json", checksums=True)
             manifest.save()
             packed.manifests.append(manifest)
@@ -110,6 +110,11 @@ def _sample(row: Row) -> Sample | tuple[str, str]:
             raise SampleError(row.fault)
         kind = "missing image"
         data = row.image if isinstance(row.image, bytes) else _read(row.image, "image")
+        kind = "bad image"
+        if (found := image_format(data)) not in FORMATS:
+            kind = "format that is not supported" if found else kind
+            reason = f"{found} is not supported: convert it to" if found else "image cannot be decoded: it is no"
+            raise SampleError(f"{reason} {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         kind = "bad caption"
         text, several = _caption(row.caption)
         kind = "bad metadata"
@@ -118,12 +123,8 @@ def _sample(row: Row) -> Sample | tuple[str, str]:
         kind = "bad caption"
         sample.captions()
         kind = "bad image"
-        if (found := image_format(data)) in FORMATS:
-            check_image(data)
-            return sample
-        kind = "format that is not supported" if found else kind
-        reason = f"{found} is not supported: convert it to" if found else "image cannot be decoded: it is no"
-        raise SampleError(f"{reason} {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        check_image(data)
+        return sample
     except SampleError as error:
         return kind, str(error)
 
@@ -138,7 +139,7 @@ def _caption(found: object) -> tuple[bytes, dict[str, object]]:
         return found, {}
     texts = found if isinstance(found, list) else [found]
     if strangers := sorted({type(text).__name__ for text in texts if not isinstance(text, str)}):
-        raise SampleError(f"caption is no text but {'a list of ' * (texts is found)}{', '.join(strangers)}")
+        raise SampleError(f"caption is not text but {'a list of ' * (texts is found)}{', '.join(strangers)}")
     try:
         encoded = [str(text).encode() for text in texts if str(text).strip()]
     except UnicodeEncodeError:
@@ -213,11 +214,11 @@ def _members(sample: Sample) -> dict[str, bytes | str]:
     }
 
 
-def _nothing(source: Path, packed: Packed, heldout: int) -> DataError:
-    if heldout:
-        return DataError(
-            f"Too few images in {source} to hold {heldout:,} samples out and train on others: hold out fewer."
-        )
+def _too_few(source: Path, packed: Packed, kept: int) -> DataError:
+    if kept:
+        return DataError(f"{source} has {counted(kept, 'good sample')}, too few to train on others: hold out fewer.")
+    if packed.manifests:  # of training
+        return DataError(f"{source} repeats one image more often than samples are held out: hold out more.")
     reasons = ", ".join(f"{count:,} x {kind}" for kind, count in packed.rejected.most_common())
     first = f"; the first is {packed.first}" if reasons else ""
     return DataError(f"Nothing in {source} could be packed ({reasons or 'it has no rows'}{first}): mend the rows.")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipelines.decode import image_format
-from data_pipelines.errors import DataError, SampleError
+from data_pipelines.errors import DataError, SampleError, cannot_open
 from data_pipelines.tables import READERS, Record, read_table
-from data_pipelines.text import cut
+from data_pipelines.text import counted, cut
 
 # Files of these names that are no images are listed; any other file is an image where its bytes say so.
 _IMAGE_SUFFIXES = {
@@ -63,7 +63,9 @@ def _table_pairs(source: Path, image_column: str, caption_column: str) -> Pairs:
     table = read_table(source)
     for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
         if name not in table.columns:
-            raise DataError(f"{source} has no column {name!r}, {_others(name, table.columns)}: name it with {option}.")
+            raise DataError(
+                f"{source} has no column {name!r}, only {_told(name, table.columns)}: name it with {option}."
+            )
     fields = {name: _field(name, table.columns) for name in table.columns if name not in (image_column, caption_column)}
 
     def rows() -> Iterator[Row]:
@@ -81,11 +83,11 @@ def _table_pairs(source: Path, image_column: str, caption_column: str) -> Pairs:
     return Pairs(source, table.num_rows, rows, fields)
 
 
-def _others(name: str, columns: list[str]) -> str:
-    if len(columns) == 1 and (separator := next((c for c in ";\t|" if c in columns[0]), "")):
-        return f"only {cut(columns[0])!r}, which seems to be separated by {separator!r} and not as its extension says"
+def _told(name: str, columns: list[str]) -> str:
+    told = cut(", ".join(map(repr, columns)))
+    if len(columns) == 1 and (separator := next((c for c in ";\t|," if c in columns[0]), "")):
+        return f"{told} (separate columns by {'tabs' if separator == ',' else 'commas'}, not {separator!r})"
     nearest = difflib.get_close_matches(name, columns, n=1)
-    told = f"only {cut(', '.join(map(repr, columns)))}"
     return f"{told}; the nearest is {nearest[0]!r}" if nearest else told
 
 
@@ -116,8 +118,8 @@ def _folder_pairs(folder: Path) -> Pairs:
         raise DataError(f"{folder} holds no images: give a folder of images with captions (.txt) beside them.")
     if not any((path.parent, path.stem) in captions for path, _ in images):
         raise DataError(
-            f"{folder} holds no captions (.txt) beside its {len(images):,} images: write a.txt beside a.jpg, or give a "
-            f"table ({', '.join(READERS)})."
+            f"{folder} holds no captions (.txt) beside its {counted(len(images), 'image')}: write a.txt beside a.jpg, "
+            f"or give a table ({', '.join(READERS)})."
         )
 
     def rows() -> Iterator[Row]:
@@ -134,6 +136,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
 
     def cannot(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise cannot_open(str(folder), error)
         found.append((Path(error.filename), f"folder cannot be read: {error.strerror}"))
 
     for place, folders, names in os.walk(folder, followlinks=True, onerror=cannot):
@@ -153,5 +157,8 @@ def _looks_like_image(path: Path) -> bool:
         return True
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return bool(image_format(file.read(32)))
+    try:
+        with path.open("rb") as file:
+            return bool(image_format(file.read(32)))
+    except OSError:  # it may be one: the reason is told when it is packed
+        return True

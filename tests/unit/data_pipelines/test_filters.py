@@ -224,7 +224,9 @@ def keys_of_bits(manifest: Manifest) -> str:
 
 def test_another_json_field_is_read_anew(tmp_path: Path):
     index(tmp_path, MIXED, min_score=("score", 0.3))
-    with pytest.raises(DataError, match=r"No usable sample in 3 shards \(6 x other missing or no number; .*: let the f"):
+    with pytest.raises(
+        DataError, match=r"No usable sample in 3 shards \(6 x other missing or no number; .*: let the f"
+    ):
         index(tmp_path, min_score=("other", 0.3))
 
 
