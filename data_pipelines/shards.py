@@ -46,7 +46,8 @@ def filled(folder: Path) -> Iterator[Path]:
         raise cannot_write(str(folder), error) from None
     try:
         yield place
-        for entry in sorted(place.iterdir()):
+        # As they were made: what a writer makes last says that all is there.
+        for entry in sorted(place.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
             entry.rename(folder / entry.name)
         place.rmdir()
     except BaseException:
