@@ -26,7 +26,8 @@ from fuzz.trial import check_sentence
 KINDS = ("csv", "tsv", "jsonl", "parquet", "folder")
 COLUMNS = ("image", "caption", "captions", "score")
 _TOKENS = (
-    *(b'"', b'""', b",", b"\t", b"\n", b"\r", b"\r\n", b"\\", b"\0", b"\xff", b"\xe9", b"\xef\xbb\xbf", b"\xff\xfe"),
+    *(b'"', b'""', b',"', b'\t"', b'\n"', b'"', b'\t"a'),
+    *(b",", b"\t", b"\n", b"\r", b"\r\n", b"\\", b"\0", b"\xff", b"\xe9", b"\xef\xbb\xbf", b"\xff\xfe"),
     *(b"{", b"}", b"[", b"]", b"null", b"NaN", b"1e999", b"-Infinity", b"\\ud83d", b"\\u0000", b"x" * 70_000),
     *(b'"caption": 5, ', b"image", b"caption", b"/", b"..", b"https://", b"\n\n", b'",', b'\n"'),
     *("猫".encode(), "猫".encode("gbk")),
@@ -64,11 +65,16 @@ def _try_table(table: Path, out: Path, rng: Random, outcomes: Counter[str]) -> N
         return
     total, captions = packed
     text = spoilt.decode("utf-8-sig")
-    if "\r" in text or (kind == "csv" and '"' in text):  # the lines of a cell in quotes are no rows
+    if "\r" in text or (kind == "csv" and text.count('"') > 1):  # the lines of a cell in quotes are no rows
         return
     header = "" if kind == "jsonl" else good.decode().split("\n")[0]
     lines = [line for line in text.split("\n") if line.strip(" " * (kind == "jsonl"))]
     assert total == len(lines) - bool(header)
+    if header and '"' not in text:
+        separator = "," if kind == "csv" else "\t"
+        widths = [line.count(separator) for line in lines]
+        told = sum(" field" in line and "the header " in line for line in (out / "rejected.jsonl").open())
+        assert told == len(widths) - widths.count(widths[0])
     if header in ("", lines[0]):
         for line in {*good.decode().split("\n")[:-1]} & {*lines} - {header}:
             assert "a picture of " + next(tag for tag in TAGS if tag in line) in captions
