@@ -178,7 +178,8 @@ class EncodedSplit:
 
 
 def encode_split(model: VisionLanguageModel, data: HeldoutData) -> EncodedSplit:
-    """Runs both towers over every image, caption and masked caption."""
+    """Runs both towers over every image, caption and masked caption. Tokens are kept where heads need them."""
+    keep = slice(None) if hasattr(model, "matching_head") or hasattr(model, "masked_lm_head") else slice(0)
     columns: list[tuple[Tensor, ...]] = []
     records: list[Record] = []
     for batch in data.batches(BATCH, records=True):
@@ -189,11 +190,11 @@ def encode_split(model: VisionLanguageModel, data: HeldoutData) -> EncodedSplit:
         rows = (
             _layer(model, "align", Align).embed_image(flow.image),
             _layer(model, "align", Align).embed_text(flow.text[:B]),
-            flow.image,
-            flow.text[:B],
-            flow.text_mask[:B],
-            flow.text[B:],
-            flow.text_mask[B:],
+            flow.image[:, keep],
+            flow.text[:B, keep],
+            flow.text_mask[:B, keep],
+            flow.text[B:, keep],
+            flow.text_mask[B:, keep],
             *(fields[name] for name in ("masked_positions", "masked_targets", "image_ids", "caption_ids")),
         )
         columns.append(tuple(row.cpu() for row in rows))

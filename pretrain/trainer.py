@@ -168,7 +168,7 @@ class Trainer:
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        if not self.looked_for_negatives or (objectives["loss/contrastive"] == 0 and not self.lacks_negatives):
+        if not self.looked_for_negatives or (objectives.get("loss/contrastive") == 0 and not self.lacks_negatives):
             self._look_for_negatives(micro_batches)
         temperature = self._temperature()
         step_s, data_wait_share = clock.read()
