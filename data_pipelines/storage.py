@@ -111,10 +111,11 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def _in_braces(pattern: str) -> list[str]:
-    if "{" not in pattern or (_is_there(pattern) if is_remote(pattern) else os.path.exists(pattern)):  # noqa: PTH110
+    if "{" not in pattern or (is_remote(pattern) and _is_there(pattern)):
         return [pattern]
+    there, rest = ("", pattern) if is_remote(pattern) else _what_exists(pattern)
     try:
-        return list(dict.fromkeys(braceexpand(pattern)))
+        return [there + name for name in dict.fromkeys(braceexpand(rest))]
     except ValueError:  # braces that do not pair
         return [pattern]
 
@@ -591,11 +592,21 @@ def _is_there(location: str) -> bool:
     return True
 
 
+def _what_exists(name: str) -> tuple[str, str]:
+    """The longest beginning of a path that is there by its name as it stands, and the rest."""
+    parts = name.split("/")
+    for number in range(len(parts), 0, -1):
+        if os.path.exists(there := "/".join(parts[:number])):  # noqa: PTH110
+            return there, name[len(there) :]
+    return "", name
+
+
 def _local_matches(name: str) -> list[str]:
     if Path(name).is_dir():
         matches = [str(path) for path in Path(name).glob("*.tar")]
     else:
-        matches = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
+        there, rest = _what_exists(name)
+        matches = glob.glob(glob.escape(there) + rest, recursive=True) if rest else [name]  # noqa: PTH207
     return [os.path.abspath(match) for match in matches]  # noqa: PTH100
 
 

@@ -131,7 +131,8 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(name: str, fold
         (folder / other).mkdir()
         (folder / other / "0.tar").touch()
     assert expand([f"{folder}/{name}"]) == [f"{folder}/{name}/0.tar"]
-    assert expand([f"{folder}/{name}/0.tar"]) == [f"{folder}/{name}/0.tar"]
+    for shards in ("0.tar", "*.tar", "{0..0}.tar", "{0,[0]}.tar", "?.tar"):
+        assert expand([f"{folder}/{name}/{shards}"]) == [f"{folder}/{name}/0.tar"]
 
 
 def test_a_backslash_in_a_name_without_braces_stays(folder: Path):
