@@ -129,9 +129,8 @@ class Resharding:
         for source in self.sources:
             entry = source.entry
             assert entry is not None
-            digest.update(
-                f"{source.location}\0{entry.bytes}\0{entry.indexed}\0{entry.samples}\n".encode(errors="surrogateescape")
-            )
+            known = (source.location, entry.bytes, entry.indexed, entry.samples, entry.version, entry.sha256)
+            digest.update(("\0".join(map(str, known)) + "\n").encode(errors="surrogateescape"))
             digest.update(b"" if source.bits is None else source.bits.tobytes())
         return digest.hexdigest()
 
