@@ -111,6 +111,7 @@ def contrast(config: Config, tokens: str, group: Group) -> list[Layer]:
     """From `image_tokens` and captions' tokens, which are named, to embeddings and the contrastive loss."""
     model, contrastive = config.model, config.objectives.contrastive
     assert contrastive
+    assert model.embed
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [
