@@ -108,11 +108,15 @@ def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
         assert here.counts == expected.counts
 
 
+def build(config: Config) -> Model:
+    """All layers in one process, on the CPU."""
+    architecture, cpu = architecture_of(config, VOCABULARY), torch.device("cpu")
+    return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
+
+
 def plain_curve(config: Config, steps: int) -> list[Point]:
     """The same in plain PyTorch: one process, no engine, torch's own AdamW and clipping."""
-    architecture = architecture_of(config, VOCABULARY)
-    cpu = torch.device("cpu")
-    model = Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
+    model = build(config)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -132,7 +136,9 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
             group["lr"] = learning_rate(step, config.training.steps, config.optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        result = step_result(architecture, *totals(architecture, reports, Mesh(cpu)), float(norm), True)
+        result = step_result(
+            model.architecture, *totals(model.architecture, reports, Mesh(torch.device("cpu"))), float(norm), True
+        )
         curve.append(Point(result.losses, result.gradient_norm, result.counts))
     return curve
 
