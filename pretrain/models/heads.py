@@ -138,14 +138,14 @@ class CaptionLoss(nn.Module):
         return self.loss(logits, ids, targets)
 
 
-def contrast(config: Config, tokens: str, group: Group) -> list[Layer]:
-    """From `image_tokens` and captions' tokens, which are named, to embeddings and the contrastive loss."""
+def contrast(config: Config, tokens: str, group: Group, image_tokens: str = "image_tokens") -> list[Layer]:
+    """From captions' and images' tokens, which are named, to embeddings and the contrastive loss."""
     model, contrastive = config.model, config.objectives.contrastive
     assert contrastive
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [
-        Layer("image_project", partial(ImageProject, *image), ("image_tokens",), ("image_embeddings",)),
+        Layer("image_project", partial(ImageProject, *image), (image_tokens,), ("image_embeddings",)),
         Layer("text_project", partial(TextProject, *text), (tokens,), ("text_embeddings",)),
         Layer("temperature", partial(Temperature, contrastive), (), scalars),
         Layer(
