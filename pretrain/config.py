@@ -33,7 +33,7 @@ class ImageTowerConfig(Section):
 
 
 class TextTowerConfig(Section):
-    """A bidirectional transformer over the caption."""
+    """A transformer over the caption."""
 
     length: int = Field(ge=3)
     """Tokens a caption is cut or padded to, [CLS] and [SEP] included."""
@@ -75,10 +75,11 @@ class Size(NamedTuple):
     heads: int
     length: int
     embed: int
+    queries: int = 256
 
 
 SIZES = {
-    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64),
+    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64, queries=32),
     "small/16": Size(224, 16, 384, 12, 6, length=32, embed=256),
     "base/16": Size(224, 16, 768, 12, 12, length=32, embed=256),
     "large/16": Size(224, 16, 1024, 24, 16, length=32, embed=512),
@@ -104,6 +105,15 @@ ARCHITECTURES = {
         lambda size: {"text": {"depth": size.depth // 2}, "fusion": {"depth": size.depth // 2, "heads": size.heads}},
     ),
     "clip": Choice("pretrain.models.clip", ("contrastive",), lambda size: {"text": {"depth": size.depth}}),
+    # Half of the text stack looks at the image, at 256 queries of it (CoCa, section 3.2).
+    "coca": Choice(
+        "pretrain.models.coca",
+        ("contrastive", "captioning"),
+        lambda size: {
+            "text": {"depth": size.depth // 2},
+            "decoder": {"depth": size.depth // 2, "heads": size.heads, "queries": size.queries},
+        },
+    ),
     "vilt": Choice(
         "pretrain.models.vilt",
         ("matching", "masked_lm"),
@@ -120,7 +130,8 @@ class ModelConfig(Section):
     """The architecture and its size. `size` fills in whatever is not given."""
 
     architecture: str = "albef"
-    """albef: two towers and a fusion stack. clip: two towers. vilt: one stream of both."""
+    """albef: two towers and a fusion stack. clip: two towers. coca: two towers and a decoder that writes captions.
+    vilt: one stream."""
     size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
     image: ImageTowerConfig
     text: TextTowerConfig

@@ -114,8 +114,8 @@ class See(nn.Module):
 class OwnImages(nn.Module):
     """Each row looks at its own sample's image."""
 
-    def forward(self, positions: Tensor) -> Tensor:
-        return torch.arange(len(positions), device=positions.device)
+    def forward(self, text: Tensor) -> Tensor:
+        return torch.arange(len(text), device=text.device)
 
 
 def mining(config: Config, pool: int, group: Group, *, prior: bool = False) -> Layer:
@@ -147,7 +147,7 @@ def see(config: Config, pool: int, group: Group, rows: Rows, pairs: str) -> Laye
 
 def own_images(name: str) -> Layer:
     """The image of each row of which every sample has one, under a name."""
-    return Layer("own_images", OwnImages, ("positions",), (name,))
+    return Layer("own_images", OwnImages, ("text",), (name,))
 
 
 def _pairs_of(captions: tuple[str, ...]) -> tuple[str, ...]:
