@@ -105,6 +105,11 @@ ARCHITECTURES = {
         lambda size: {"text": {"depth": size.depth // 2}, "fusion": {"depth": size.depth // 2, "heads": size.heads}},
     ),
     "clip": Choice("pretrain.models.clip", ("contrastive",), lambda size: {"text": {"depth": size.depth}}),
+    "blip": Choice(
+        "pretrain.models.blip",
+        ("contrastive", "matching", "captioning"),
+        lambda size: {"text": {"depth": size.depth}},
+    ),
     # Half of the text stack looks at the image, at 256 queries of it (CoCa, section 3.2).
     "coca": Choice(
         "pretrain.models.coca",
@@ -131,7 +136,7 @@ class ModelConfig(Section):
 
     architecture: str = "albef"
     """albef: two towers and a fusion stack. clip: two towers. coca: two towers and a decoder that writes captions.
-    vilt: one stream."""
+    blip: an image tower, and one text stack that reads, judges and writes captions. vilt: one stream."""
     size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
     image: ImageTowerConfig
     text: TextTowerConfig
