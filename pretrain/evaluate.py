@@ -4,8 +4,11 @@ One process, no engine: any checkpoint loads into a plain model.
 Shapes: N samples, L text length, P patches, D width, E embedding width, K masked slots.
 """
 
+import contextlib
+import copy
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,15 +16,18 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data_pipelines.batch import Record
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import HeldoutData
+from data_pipelines.manifest import normalised, write_atomically
+from data_pipelines.tokenizer import Tokenizer
 from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config, parse_config
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models.align import Align
 from pretrain.models.architectures import layer_specs
 from pretrain.models.flow import Flow, start_flow
@@ -32,8 +38,11 @@ from pretrain.objectives.masked_lm import UNUSED
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE, training_dtype
 from pretrain.parallel.tensor import whole
-from pretrain.retrieval import chance_recall, recall
+from pretrain.retrieval import Gallery, Recall, Reranker
+from pretrain.run_folder import kept_tokenizers
+from pretrain.screen import say
 
+HELDOUT = "heldout"  # the name of the split that the run's config names
 LayerT = TypeVar("LayerT", bound=nn.Module)
 BATCH = 64  # samples, or pairs, in one forward pass
 
@@ -48,49 +57,121 @@ class Score:
 
 
 @torch.no_grad()
-def main(run_folder: Path, split: str, rerank: int) -> None:
-    """Evaluates the newest valid checkpoint of a run; prints a table and writes it as JSON beside the run."""
+def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, overrides: Sequence[str] = ()) -> None:
+    """Evaluates a checkpoint of a run, the newest valid one by default: a table, and JSON beside the run.
+
+    Raises:
+        UserError: what is needed is not there. A figure that cannot be had, or the file, costs neither the others.
+    """
+    if rerank < 0:
+        raise ConfigError(f"--rerank {rerank} is below 0: give a number of candidates, or 0 to rank nothing again.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = CheckpointStore(run_folder / "checkpoints", ALONE, keep=2)
-    checkpoint = store.newest_valid(quarantine=False)
+    checkpoint = store.newest_valid(quarantine=False, step=step)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
-    run = read_run(checkpoint)
-    config = parse_config(run["config"], source=str(checkpoint))
-    data = open_split(config, split, run["tokenizer"])
-    model = load_model(config, data, checkpoint, device)
-    scores = evaluate(model, data, prompts_beside(data), rerank)
+    with _still_there(checkpoint):
+        run = read_run(checkpoint)
+    config = parse_config(copy.deepcopy(run["config"]), str(checkpoint), overrides)
+    if split != HELDOUT:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"heldout": Path(split)})})
+    data = open_split(config, run_folder, run["tokenizer"])
+    with _still_there(checkpoint):
+        model = load_model(config, data, checkpoint, device)
+    if complaint := data.complaint():
+        say(complaint)
+    prompts = prompts_beside(data)
+    evaluated = encode_split(model, data)
+    scores = evaluate(model, data, evaluated, rerank)
+    problems = []
+    if prompts is not None:
+        try:
+            scores.append(zero_shot(model, data, evaluated, prompts))
+        except DataError as error:
+            problems.append(str(error))
 
-    name = split if split == "heldout" else Path(split).resolve().parent.name
-    path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
-    figures = {score.name: {"value": score.value, "chance": score.chance} for score in scores}
-    path.write_text(json.dumps({"checkpoint": str(checkpoint), "samples": len(data), "scores": figures}, indent=1))
-    print(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
+    name = name_of(data, run["config"]["data"]["heldout"])
+    say(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}, {len(evaluated.gallery.images)} images:")
     table = Table()
     for heading in ("", "score", "chance"):
         table.add_column(heading, justify="left" if not heading else "right")
     for score in scores:
         table.add_row(score.name, f"{score.value:.3f}", f"{score.chance:.3f}")
-    Console().print(table)
-    print(f"Written to {path}.")
+    with contextlib.suppress(OSError):
+        Console().print(table)
+    path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
+    try:
+        write_atomically(path, lambda tmp: tmp.write_text(report(checkpoint, data, scores)))
+        say(f"Written to {path}.")
+    except DataError as error:
+        problems.append(f"{error} The figures above are complete.")
+    if problems:
+        raise DataError("\n".join(problems))
 
 
-def open_split(config: Config, split: str, tokenizer: str) -> HeldoutData:
-    """The pairs to evaluate on, with the tokenizer that the run was trained with."""
-    data_config = config.data if split == "heldout" else config.data.model_copy(update={"heldout": Path(split)})
+def report(checkpoint: Path, data: HeldoutData, scores: list[Score]) -> str:
+    """The scores, and what they were measured on, as JSON."""
+    figures = {
+        score.name: {"value": score.value if math.isfinite(score.value) else None, "chance": score.chance}
+        for score in scores
+    }
+    content = {
+        "checkpoint": str(checkpoint),
+        "manifest": str(data.manifest.path),
+        "manifest_hash": data.manifest.hash,
+        "samples": len(data),
+        "bad_samples": len(data.bad),
+        "scores": figures,
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def name_of(data: HeldoutData, heldout: str | None) -> str:
+    """The name of a split in messages and files: no two manifests have the same."""
+    if heldout is not None and data.manifest.path == normalised(Path(heldout)):
+        return HELDOUT
+    return f"{data.manifest.path.parent.name}-{data.manifest.hash[:8]}"
+
+
+@contextlib.contextmanager
+def _still_there(checkpoint: Path) -> Iterator[None]:
+    """A live run removes old checkpoints, also one that is being read."""
+    try:
+        yield
+    except (OSError, SafetensorError):
+        if checkpoint.exists():
+            raise
+        raise CheckpointError(
+            f"{checkpoint} was removed while it was read, as a run does that goes on: evaluate again, or raise "
+            f"checkpoint.keep."
+        ) from None
+
+
+def open_split(config: Config, run_folder: Path, fingerprint: str) -> HeldoutData:
+    """The pairs to evaluate on, with the tokenizer that the run was trained with, and all of them looked at."""
     masked_lm = config.objectives.masked_lm
+    path = find_tokenizer([*kept_tokenizers(run_folder), config.data.tokenizer], fingerprint)
     data = HeldoutData(
-        data_config,
+        config.data.model_copy(update={"tokenizer": path}),
         image_size=config.model.image.size,
         text_length=config.model.text.length,
         mask_probability=masked_lm.probability if masked_lm else 0.15,
         seed=config.seed,
     )
-    if data.tokenizer.fingerprint != tokenizer:
-        raise DataError(
-            f"{config.data.tokenizer} is not the tokenizer that the run was trained with: put the old one back."
-        )
+    data.examine()
     return data
+
+
+def find_tokenizer(paths: Sequence[Path], fingerprint: str) -> Path:
+    """The first of some paths that holds the tokenizer a run was trained with."""
+    for path in paths:
+        with contextlib.suppress(DataError):
+            if Tokenizer.load(path).fingerprint == fingerprint:
+                return path
+    raise DataError(
+        f"The tokenizer that the run was trained with is not at {' or '.join(map(str, paths))}: put it back, or say "
+        f"where it is with data.tokenizer=PATH. Another one would make other words of the same ids."
+    )
 
 
 def load_model(config: Config, data: HeldoutData, checkpoint: Path, device: torch.device) -> VisionLanguageModel:
@@ -103,29 +184,23 @@ def load_model(config: Config, data: HeldoutData, checkpoint: Path, device: torc
     return model.to(training_dtype(config.engine, device)).eval()
 
 
-def evaluate(model: VisionLanguageModel, data: HeldoutData, prompts: dict | None, rerank: int) -> list[Score]:
+def evaluate(model: VisionLanguageModel, data: HeldoutData, split: "EncodedSplit", rerank: int) -> list[Score]:
     """Every figure that the model's objectives allow."""
-    split = encode_split(model, data)
-    similarity = split.image_embeddings @ split.text_embeddings.T  # (N images, N captions)
-    relevant = split.caption_ids[:, None] == split.caption_ids[None, :]
+    gallery = split.gallery
     scores = [
-        *_recalls("text-to-image", "", similarity.T, relevant.T),
-        *_recalls("image-to-text", "", similarity, relevant),
+        *_recalls("text-to-image", "", gallery.text_to_image()),
+        *_recalls("image-to-text", "", gallery.image_to_text()),
     ]
     if hasattr(model, "matching_head"):
-        ranked = rerank_by_matching(model, split, similarity, min(rerank, len(data)))
-        scores += [
-            *_recalls("text-to-image", ", re-ranked", ranked[1].T, relevant.T),
-            *_recalls("image-to-text", ", re-ranked", ranked[0], relevant),
-            Score("matching accuracy, random negatives", matching_accuracy(model, split), 0.5),
-        ]
+        if rerank:
+            by_text, by_image = rerankers(model, split)
+            scores += [
+                *_recalls("text-to-image", ", re-ranked", gallery.text_to_image(rerank, by_text)),
+                *_recalls("image-to-text", ", re-ranked", gallery.image_to_text(rerank, by_image)),
+            ]
+        scores.append(Score("matching accuracy, random negatives", matching_accuracy(model, split), 0.5))
     if hasattr(model, "masked_lm_head"):
         scores.append(Score("masked-LM accuracy", masked_lm_accuracy(model, split), 1 / data.tokenizer.vocab_size))
-    if prompts is not None:
-        value = zero_shot_accuracy(model, data, split, prompts)
-        scores.append(
-            Score(f"zero-shot accuracy, {len(prompts['classes'])} classes", value, 1 / len(prompts["classes"]))
-        )
     return scores
 
 
@@ -133,8 +208,7 @@ def evaluate(model: VisionLanguageModel, data: HeldoutData, prompts: dict | None
 class EncodedSplit:
     """The split after the towers, on the CPU."""
 
-    image_embeddings: Tensor  # (N, E)
-    text_embeddings: Tensor  # (N, E)
+    gallery: Gallery
     images: Tensor  # (N, P, D)
     texts: Tensor  # (N, L, D)
     masks: Tensor  # (N, L)
@@ -142,8 +216,6 @@ class EncodedSplit:
     masked_masks: Tensor  # (N, L)
     masked_positions: Tensor  # (N, K)
     masked_targets: Tensor  # (N, K)
-    image_ids: Tensor  # (N,)
-    caption_ids: Tensor  # (N,)
     records: list[Record]
 
 
@@ -168,28 +240,25 @@ def encode_split(model: VisionLanguageModel, data: HeldoutData) -> EncodedSplit:
         )
         columns.append(tuple(row.cpu() for row in rows))
         records += batch.records
-    tensors = (torch.cat(column)[: len(data)] for column in zip(*columns, strict=True))  # the last batch wraps around
-    return EncodedSplit(*tensors, records=records[: len(data)])
+    # The last batch wraps around.
+    image, text, *tokens, image_ids, caption_ids = (
+        torch.cat(column)[: len(data)] for column in zip(*columns, strict=True)
+    )
+    return EncodedSplit(Gallery.of(image, text, image_ids, caption_ids), *tokens, records=records[: len(data)])
 
 
-def rerank_by_matching(
-    model: VisionLanguageModel, split: EncodedSplit, similarity: Tensor, top: int
-) -> tuple[Tensor, Tensor]:
-    """Similarities in which each query's `top` candidates are ordered by the matching head, before all others.
+def rerankers(model: VisionLanguageModel, split: EncodedSplit) -> tuple[Reranker, Reranker]:
+    """What the matching head makes of each query's candidates: for captions that look for images, and for images."""
 
-    Returns:
-        Two (N images, N captions) tensors: one whose rows (images) were the queries, one whose columns were.
-    """
-    N = len(similarity)
-    best_texts = similarity.topk(top, dim=1).indices  # (N, top)
-    best_images = similarity.topk(top, dim=0).indices.T  # (N, top)
-    own = torch.arange(N)[:, None].expand(N, top)
-    by_image, by_text = similarity.clone(), similarity.clone()
-    for target, images, texts in ((by_image, own, best_texts), (by_text, best_images, own)):
-        images, texts = images.flatten(), texts.flatten()
-        margins = match_margins(model, split, images, texts)
-        target[images, texts] = margins + 1e4  # above every cosine; margins are small numbers
-    return by_image, by_text
+    def by_text(texts: Tensor, images: Tensor) -> Tensor:  # (Q,), (Q, top)
+        pairs = split.gallery.first_pair[images]
+        return match_margins(model, split, pairs.flatten(), texts.repeat_interleave(images.shape[1])).view_as(images)
+
+    def by_image(images: Tensor, texts: Tensor) -> Tensor:
+        pairs = split.gallery.first_pair[images]
+        return match_margins(model, split, pairs.repeat_interleave(texts.shape[1]), texts.flatten()).view_as(texts)
+
+    return by_text, by_image
 
 
 def match_margins(model: VisionLanguageModel, split: EncodedSplit, images: Tensor, texts: Tensor) -> Tensor:
@@ -206,13 +275,10 @@ def match_margins(model: VisionLanguageModel, split: EncodedSplit, images: Tenso
 
 
 def matching_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float:
-    """Balanced: each image once with its own caption, once with that of a random sample that differs in both."""
-    N = len(split.caption_ids)
-    generator = torch.Generator().manual_seed(0)
-    different = (split.caption_ids[:, None] != split.caption_ids) & (split.image_ids[:, None] != split.image_ids)
-    partners = (torch.rand(N, N, generator=generator) * different).argmax(dim=1)
-    matched = match_margins(model, split, torch.arange(N), torch.arange(N)) > 0
-    mismatched = match_margins(model, split, torch.arange(N), partners) <= 0
+    """Balanced: each pair once as it is, and its image once with the caption of a random other."""
+    pairs, partners = split.gallery.random_negatives(torch.Generator().manual_seed(0))
+    matched = match_margins(model, split, pairs, pairs) > 0
+    mismatched = match_margins(model, split, pairs, partners) <= 0
     return float(torch.cat([matched, mismatched]).float().mean())
 
 
@@ -220,7 +286,7 @@ def masked_lm_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float
     """Share of hidden pieces that are named rightly, the image in sight."""
     head = _layer(model, "masked_lm_head", MaskedLMHead)
     right = asked = 0
-    for rows in torch.arange(len(split.caption_ids)).split(BATCH):
+    for rows in torch.arange(len(split.texts)).split(BATCH):
         fused = _fuse(
             model, split.images[rows], torch.arange(len(rows)), split.masked_texts[rows], split.masked_masks[rows]
         )
@@ -231,40 +297,68 @@ def masked_lm_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float
     return right / max(asked, 1)
 
 
-def zero_shot_accuracy(model: VisionLanguageModel, data: HeldoutData, split: EncodedSplit, prompts: dict) -> float:
-    """Each image's class by the nearest mean of its classes' prompts. Source: CLIP, section 3.1.4."""
-    classes = prompts["classes"]
+def zero_shot(model: VisionLanguageModel, data: HeldoutData, split: EncodedSplit, prompts: "Prompts") -> Score:
+    """Each image's class by the nearest mean of its classes' prompts, among the classes that occur.
+
+    Source: CLIP, section 3.1.4.
+
+    Raises:
+        DataError: no image has a class.
+    """
+    gallery = split.gallery
+    metadata = [split.records[pair].metadata for pair in gallery.first_pair.tolist()]
+    truths = [str(fields[prompts.field]) if prompts.field in fields else None for fields in metadata]
+    names = [name for name in prompts.classes if name in set(truths)]
+    if not names:
+        found = ", ".join(sorted({truth for truth in truths if truth is not None})[:5])
+        raise DataError(
+            f"No zero-shot accuracy: the field {prompts.field!r} of the samples' json "
+            + (f"names none of the classes of {prompts.path}, but {found}." if found else "is in none of them.")
+        )
     means = []
-    for captions in classes.values():
-        embeddings = torch.cat([_embed_captions(model, data, part) for part in _chunks(captions, BATCH)])
+    for name in names:
+        embeddings = torch.cat([_embed_captions(model, data, part) for part in _chunks(prompts.classes[name], BATCH)])
         means.append(torch.nn.functional.normalize(embeddings.mean(dim=0), dim=0))
-    guesses = (split.image_embeddings @ torch.stack(means).T).argmax(dim=1)
-    names = list(classes)
-    truths = [str(record.metadata.get(prompts["field"])) for record in split.records]
-    right = [names[guess] == truth for guess, truth in zip(guesses.tolist(), truths, strict=True)]
-    return sum(right) / len(right)
+    guesses = (gallery.images @ torch.stack(means).T).argmax(dim=1).tolist()
+    right = [names[guess] == truth for guess, truth in zip(guesses, truths, strict=True) if truth in names]
+    left_out = f" of {len(prompts.classes)}" if len(names) < len(prompts.classes) else ""
+    if len(right) < len(truths):
+        say(f"Zero-shot: {len(truths) - len(right)} of {len(truths)} images have no class of {prompts.path}.")
+    return Score(f"zero-shot accuracy, {len(names)}{left_out} classes", sum(right) / len(right), 1 / len(names))
 
 
-def prompts_beside(data: HeldoutData) -> dict | None:
+@dataclass(frozen=True)
+class Prompts:
+    """What names a sample's class, and what is said of each class."""
+
+    path: Path
+    field: str
+    classes: dict[str, list[str]]
+
+
+def prompts_beside(data: HeldoutData) -> Prompts | None:
     """`prompts.json` next to the manifest: the metadata field that names the class, and each class's prompts."""
     path = data.manifest.path.with_name("prompts.json")
     if not path.exists():
         return None
     try:
-        prompts = json.loads(path.read_text())
-        if not (isinstance(prompts["field"], str) and prompts["classes"] and all(prompts["classes"].values())):
-            raise ValueError("no field, or a class without prompts")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(path.read_text())
+        classes = {name: [said] if isinstance(said, str) else said for name, said in content["classes"].items()}
+        if not isinstance(content["field"], str) or not classes:
+            raise ValueError("no field, or no classes")
+        for name, said in classes.items():
+            if not (isinstance(said, list) and said and all(isinstance(prompt, str) and prompt for prompt in said)):
+                raise ValueError(f"the prompts of {name!r} are no list of texts")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f'{path} cannot be used ({error}): write {{"field": "label", "classes": {{"cat": ["a photo of a cat"]}}}}.'
         ) from None
-    return prompts
+    return Prompts(path, content["field"], classes)
 
 
-def _recalls(direction: str, suffix: str, similarity: Tensor, relevant: Tensor) -> Iterator[Score]:
-    chance = chance_recall(relevant)
-    for k, value in recall(similarity, relevant).items():
-        yield Score(f"{direction} R@{k}{suffix}", value, chance[k])
+def _recalls(direction: str, suffix: str, recalls: dict[int, Recall]) -> Iterator[Score]:
+    for k, (value, chance) in recalls.items():
+        yield Score(f"{direction} R@{k}{suffix}", value, chance)
 
 
 def _embed_captions(model: VisionLanguageModel, data: HeldoutData, captions: list[str]) -> Tensor:

@@ -141,7 +141,7 @@ def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Arch
             Layer(f"med_block_{i}", block, reads, ("med_tokens",), recompute=True, rows=MED, only=only)
             for i in range(text.depth)
         ),
-        split(MED, ("med_tokens",), text=("caption_tokens",), encoder=("encoder_tokens",), decoder=("decoder_tokens",)),
+        split(MED, ("med_tokens",), text=("caption_tokens",), encoder=("encoder_tokens",), decoder=("decoded",)),
         *others,
     ]
     if objectives.matching:
@@ -150,5 +150,5 @@ def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Arch
             *matching(width, "encoder_tokens"),
         ]
     if objectives.captioning:
-        layers += captioning(objectives.captioning, width, vocabulary, "decoder_tokens", "text", groups.shards)
+        layers += captioning(objectives.captioning, width, vocabulary, "decoded", "text", groups.shards)
     return Architecture(layers, objectives_of(objectives, captioning=partial(count_targets, pad=vocabulary.pad)))

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from pretrain.config import ARCHITECTURES, SIZES, Config, EngineConfig, parse_config
+from distributed.layouts import LAYOUTS
+from pretrain import config as settings
+from pretrain.config import SIZES, Config, EngineConfig, parse_config
 from pretrain.models.architectures import architecture_of
 from pretrain.models.initial import build_layer
 from pretrain.models.layer import Flow
@@ -23,6 +25,30 @@ from pretrain.synthetic import made_up_batch
 VOCABULARY = Vocabulary(61)
 GRAIN = 4
 CLIP = {"model__architecture": "clip"}
+BLIP = {"model__architecture": "blip", "model__text__depth": 2}
+VILT = {
+    "model__architecture": "vilt",
+    "model__image__depth": 0,
+    "model__text__depth": 0,
+    "model__joint": {"depth": 2, "heads": 2},
+    "model__embed": None,
+}
+
+
+class Architecture(NamedTuple):
+    """What the equality suite runs of an architecture."""
+
+    changes: dict[str, Any]
+    layouts: Collection[str]
+
+
+SOME_LAYOUTS = ("ZeRO-3 x dp 2", "ZeRO-1 x tp 2 x dp 2", "ZeRO-1 x pp 2")
+ARCHITECTURES = {
+    "albef": Architecture({}, LAYOUTS),
+    "clip": Architecture(CLIP, LAYOUTS),
+    "blip": Architecture(BLIP, SOME_LAYOUTS),
+    "vilt": Architecture(VILT, SOME_LAYOUTS),
+}
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 
 
@@ -48,10 +74,10 @@ def tiny_config(**changes: Any) -> Config:
             node = node.setdefault(parent, {})
         node[leaf] = value
     architecture = tree["model"].get("architecture", "albef")
-    for name, section in ARCHITECTURES[architecture].sections(SIZES["tiny"]).items():
+    for name, section in settings.ARCHITECTURES[architecture].sections(SIZES["tiny"]).items():
         if name != "text":
             tree["model"].setdefault(name, section | {"depth": 1, "heads": 2})
-    if "matching" in ARCHITECTURES[architecture].objectives:
+    if "matching" in settings.ARCHITECTURES[architecture].objectives:
         tree.setdefault("objectives", {}).setdefault("matching", {"pool": GRAIN})
     return parse_config(tree, "tiny")
 
