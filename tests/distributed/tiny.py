@@ -134,9 +134,9 @@ def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
         assert here.counts == expected.counts
 
 
-def build(config: Config) -> Model:
+def build(config: Config, vocabulary: Vocabulary = VOCABULARY) -> Model:
     """All layers in one process, on the CPU."""
-    architecture, cpu = architecture_of(config, VOCABULARY), torch.device("cpu")
+    architecture, cpu = architecture_of(config, vocabulary), torch.device("cpu")
     return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
 
 
@@ -153,7 +153,7 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
     curve = []
     for step in range(steps):
         reports = []
-        for have, stand_ins in prepare(model, micro_batches(step, config), ALONE, partial(_run_each, model)):
+        for have, stand_ins in prepare(model, micro_batches(step, config), ALONE, partial(run_each, model)):
             report = model(have, stand_ins)
             (report.loss / config.training.accumulation).backward()
             reports.append(report)
@@ -170,5 +170,5 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
 
 
 @torch.no_grad()
-def _run_each(model: Model, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+def run_each(model: Model, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
     return [model.run(want, batch) for batch in batches]
