@@ -105,6 +105,10 @@ class HeldoutData:
             f"first is {_named(self.bad[0])}."
         )
 
+    def encode(self, caption: str) -> np.ndarray:
+        """(L,) int64 ids of a caption that is no part of the split, as a prompt is."""
+        return self.tokenizer.encode(caption, self._split.assembler.text_length)[0]
+
     def batches(self, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1, records: bool = False) -> Iterator[Batch]:
         """The split once, in ceil(pairs / (batch_size x dp_size)) batches on every rank.
 

@@ -10,6 +10,7 @@ from data_pipelines.loader import TrainingData
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError
+from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
 from pretrain.run_folder import claim
@@ -34,8 +35,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         engine = build_engine(
             config,
             mesh,
-            vocabulary=data.tokenizer.vocab_size,
-            pad_id=data.tokenizer.pad_id,
+            vocabulary=Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id),
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 

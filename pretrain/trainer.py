@@ -21,7 +21,6 @@ from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.models.flow import OBJECTIVES
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.mesh import Mesh
@@ -55,11 +54,10 @@ class Trainer:
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         self.saved_step: int | None = None
         self.looked_for_negatives = self.lacks_negatives = False
-        sections = {name: getattr(config.objectives, name) for name in OBJECTIVES}
-        self.weights = {name: section.weight for name, section in sections.items() if section}
+        self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
-        temperature = saved.get("align.temperature.log_scale")
+        temperature = saved.get("temperature.log_scale")
         self.log_scale = temperature.tensors["master"] if temperature else None
 
     def resume(self) -> None:
@@ -163,18 +161,20 @@ class Trainer:
         """One optimizer step and its report."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
-        result = self.engine.step(micro_batches, rate)
+        result = self.engine.step([batch.tensors() for batch in micro_batches], rate)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        if not self.looked_for_negatives or (objectives["loss/contrastive"] == 0 and not self.lacks_negatives):
+        nothing_to_tell = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
+        if self.config.objectives.contrastive and (nothing_to_tell or not self.looked_for_negatives):
             self._look_for_negatives(micro_batches)
         temperature = self._temperature()
         step_s, data_wait_share = clock.read()
         if self.metrics:
             values = {
                 **objectives,
+                **{f"metric/{name}": value for name, value in result.metrics.items()},
                 "learning_rate": rate,
                 "gradient_norm": result.gradient_norm,
                 "temperature": temperature,
@@ -236,7 +236,8 @@ class Trainer:
     def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
         """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
         ids = [torch.stack([batch.image_ids, batch.caption_ids]).cpu() for batch in micro_batches]
-        if self.config.objectives.contrastive.negatives == "global_batch":
+        contrastive = self.config.objectives.contrastive
+        if contrastive and contrastive.negatives == "global_batch":
             ids = [torch.cat(ids, dim=1)]
         everyone = [torch.cat(parts, dim=1) for parts in zip(*self.mesh.dp.gather_objects(ids), strict=True)]
         self.looked_for_negatives = True
@@ -265,20 +266,17 @@ class Trainer:
             return
         values = self._by_objective(found.losses, found.counts) | found.retrieval
         self.metrics.heldout(self.step, values)
-        accuracies = (f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights)
-        self._say(
-            f"held out after step {self.step}: loss {values['loss']:.4f}, text-to-image R@1 "
-            f"{values['text_to_image_R@1']:.3f} of {len(heldout)}, {', '.join(accuracies)}"
-        )
+        figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
+        if found.retrieval:
+            figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")
+        self._say(f"held out after step {self.step}: loss {values['loss']:.4f}, {', '.join(figures)}")
 
-    def _by_objective(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
+    def _by_objective(self, losses: dict[str, float], counts: dict[str, tuple[int, int]]) -> dict[str, float]:
         """The losses and accuracies of the objectives that are on, and the weighted sum."""
-        loss = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
-        count = dict(zip(OBJECTIVES, counts.tolist(), strict=True))
         return {
-            "loss": sum(weight * loss[name] for name, weight in self.weights.items()),
-            **{f"loss/{name}": loss[name] for name in self.weights},
-            **{f"accuracy/{name}": count[name][0] / max(count[name][1], 1) for name in self.weights},
+            "loss": sum(weight * losses[name] for name, weight in self.weights.items()),
+            **{f"loss/{name}": loss for name, loss in losses.items()},
+            **{f"accuracy/{name}": right / max(asked, 1) for name, (right, asked) in counts.items()},
         }
 
     def _save(self, must: bool) -> None:

@@ -4,7 +4,7 @@ All ranks take part in every batch, so they agree before each one: a request to 
 read ends the evaluation, never the run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from data_pipelines.batch import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.heldout import HeldoutData
-from pretrain.models.flow import OBJECTIVES
-from pretrain.parallel.engine import Engine
-from pretrain.parallel.mesh import Mesh
+from pretrain.figures import EMBEDDINGS
+from pretrain.models.model import Report, report
+from pretrain.parallel.engine import Engine, by_name, totals
+from pretrain.parallel.mesh import ALONE, Mesh
 from pretrain.retrieval import Gallery
 from pretrain.stopping import Interrupted, Stop
 
@@ -26,9 +27,9 @@ class Validation:
     `python -m pretrain evaluate` has the figures that depend on no layout.
     """
 
-    losses: Tensor
-    counts: Tensor
-    retrieval: dict[str, float]  # on the main process
+    losses: dict[str, float]
+    counts: dict[str, tuple[int, int]]
+    retrieval: dict[str, float]  # on the main process, if there is a space to retrieve in
 
 
 class AbandonedError(Exception):
@@ -41,21 +42,22 @@ def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_r
     Raises:
         AbandonedError: a rank was told to stop, or could not read its batch.
     """
-    losses, counts = torch.zeros(len(OBJECTIVES)), torch.zeros(len(OBJECTIVES), 2, dtype=torch.int64)
+    architecture = engine.architecture
+    embeddings = [name for layer in architecture.layers for name in layer.writes if name in EMBEDDINGS]
+    reports: list[Report] = []
     rows: list[tuple[Tensor, ...]] = []
     batches = heldout.batches(micro_batch_per_rank, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
     while (batch := _agree(mesh, stop, lambda: next(batches, None))) is not None:
-        output = engine.evaluate(batch.to(mesh.device))
-        losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
-        embeddings = (output.image_embeddings.cpu(), output.text_embeddings.cpu())
-        rows.append((batch.positions.cpu(), batch.image_ids.cpu(), batch.caption_ids.cpu(), *embeddings))
-    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    gathered = mesh.dp.gather_objects(columns)
-    return Validation(
-        mesh.dp.mean(losses / len(rows)),
-        mesh.dp.sum(counts),
-        _retrieval(gathered, len(heldout), mesh.device) if mesh.is_main else {},
-    )
+        columns = batch.to(mesh.device).tensors()
+        (found,) = engine.run([*architecture.reports, *embeddings], [columns])
+        reports.append(report(architecture, found))
+        kept = columns | found
+        rows.append(tuple(kept[name].cpu() for name in ("positions", "image_ids", "caption_ids", *embeddings)))
+    totals_over_samples = totals(architecture, reports, replace(mesh, pp=ALONE))  # every stage has every report
+    losses, counts, _ = by_name(architecture, *totals_over_samples)
+    gathered = mesh.dp.gather_objects([torch.cat(column) for column in zip(*rows, strict=True)])
+    retrieval = _retrieval(gathered, len(heldout), mesh.device) if mesh.is_main and len(embeddings) == 2 else {}
+    return Validation(losses, counts, retrieval)
 
 
 def _agree(mesh: Mesh, stop: Stop, read) -> Batch | None:

@@ -17,7 +17,7 @@ from pretrain.models.model import Model
 from pretrain.models.towers import Vocabulary
 from pretrain.optim import learning_rate
 from pretrain.parallel.build import build_engine
-from pretrain.parallel.engine import Engine, step_result, totals
+from pretrain.parallel.engine import Engine, by_name, totals
 from pretrain.parallel.first_pass import prepare
 from pretrain.parallel.mesh import ALONE, Axis, Mesh, make_mesh
 from pretrain.synthetic import made_up_batch
@@ -162,10 +162,8 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
             group["lr"] = learning_rate(step, config.training.steps, config.optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        result = step_result(
-            model.architecture, *totals(model.architecture, reports, Mesh(torch.device("cpu"))), float(norm), True
-        )
-        curve.append(Point(result.losses, result.gradient_norm, result.counts))
+        losses, counts, _ = by_name(model.architecture, *totals(model.architecture, reports, Mesh(torch.device("cpu"))))
+        curve.append(Point(losses, float(norm), counts))
     return curve
 
 
