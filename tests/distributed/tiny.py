@@ -108,9 +108,9 @@ def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
         assert here.counts == expected.counts
 
 
-def build(config: Config) -> Model:
+def build(config: Config, vocabulary: Vocabulary = VOCABULARY) -> Model:
     """All layers in one process, on the CPU."""
-    architecture, cpu = architecture_of(config, VOCABULARY), torch.device("cpu")
+    architecture, cpu = architecture_of(config, vocabulary), torch.device("cpu")
     return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
 
 

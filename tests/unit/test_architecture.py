@@ -30,6 +30,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     ),
     "pretrain.metrics": ("pretrain.config", "pretrain.errors", "data_pipelines.batch"),
     "pretrain.retrieval": (),
+    "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.config", "pretrain.errors"),
