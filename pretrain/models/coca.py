@@ -1,13 +1,13 @@
 """CoCa: two towers that are contrasted, and a decoder that goes on from the text tower and writes the caption.
 
     images --> image tower --> image_tokens --> pool_caption --> image_queries --> pool_contrast --> image_project --\
-                                                                      |                                     contrastive_head
-    captions + [CLS] --> text tower --> class_apart --> class_token ----------------> text_project ------------------/
-                         (causal)           |                         |
-                                      caption_tokens --> decoder blocks (causal), looking at image_queries --> caption_head
+                                                                       |                               contrastive_head
+    captions, [CLS] --> text tower --> class_apart --> class_token ---------------------> text_project --------------/
+                                            |                          |
+                                            +--> decoded --> decoder blocks, looking at image_queries --> caption_head
 
-One pass over each caption serves both objectives, since no token of the text tower sees a later one: [CLS], a learned
-token behind the caption, sees all of it and is seen by none.
+No token sees a later one, so that one pass over each caption serves both objectives: [CLS], a learned token behind the
+caption, sees all of it and is seen by none.
 Source: Yu et al., CoCa: Contrastive captioners are image-text foundation models (2022), section 3.2.
 """
 
