@@ -1,19 +1,20 @@
 """CoCa: two towers that are contrasted, and a decoder that goes on from the text tower and writes the caption.
 
-    images --> image tower --> image_tokens --> pool_caption --> image_queries --> pool_contrast --> image_project --\
-                                                                      |                                     contrastive_head
-    captions + [CLS] --> text tower --> class_apart --> class_token ----------------> text_project ------------------/
-                         (causal)           |                         |
-                                      caption_tokens --> decoder blocks (causal), looking at image_queries --> caption_head
+    images --> image tower --> image_tokens --> pool_caption --> image_queries --> pool_contrast --> image_project --+
+                                                                       |                               contrastive_head
+    captions, [CLS] --> text tower --> class_apart --> class_token ---------------------> text_project --------------+
+                                            |                          |
+                                            +--> decoded --> decoder blocks, looking at image_queries --> caption_head
 
-One pass over each caption serves both objectives, since no token of the text tower sees a later one: [CLS], a learned
-token behind the caption, sees all of it and is seen by none.
+No token sees a later one, so that one pass over each caption serves both objectives: [CLS], a learned token behind the
+caption, sees all of it and is seen by none.
 Source: Yu et al., CoCa: Contrastive captioners are image-text foundation models (2022), section 3.2.
 """
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -36,7 +37,7 @@ class CaptionEmbed(TextEmbed):
         tokens, _ = super().forward(ids)
         behind = self.class_token.expand(len(ids), 1, -1)
         # Padding is a document of its own: nobody else sees it, and no token is left without any that it sees.
-        is_padding = nn.functional.pad(ids == self.pad, (0, 1)).long()
+        is_padding = F.pad(ids == self.pad, (0, 1)).long()
         place = torch.arange(is_padding.shape[1], device=ids.device).expand_as(is_padding)
         return torch.cat([tokens, behind], dim=1), sees(is_padding, place)
 

@@ -6,7 +6,7 @@ Source: Shoeybi et al., Megatron-LM (2019), section 3: sums of a few numbers per
 import torch
 from torch import Tensor
 
-from pretrain.collectives import Group, all_reduce_max, reduce_from_tp, share_of
+from pretrain.collectives import Group, all_gather, all_reduce_max, reduce_from_tp, share_of
 
 
 def cross_entropy(
@@ -35,3 +35,21 @@ def cross_entropy(
     expected = (1 - smoothing) * chosen + sum(smoothing / vocabulary * all_ids for all_ids in every)
     best = all_reduce_max(torch.where(top == largest, place + start, -1), group)
     return total.log() - expected, best
+
+
+def likeliest(logits: Tensor, count: int, vocabulary: int, group: Group = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids of the likeliest tokens, best first, (R, count) each, the same on all ranks.
+
+    Args:
+        logits: (R, V), or of V this rank's share.
+        count: how many; no more than a rank's share.
+        vocabulary: V.
+        group: the ranks that V is cut over.
+    """
+    top, places = logits.float().topk(count)
+    found = top, places + share_of(vocabulary, group)[0]
+    top, ids = (all_gather(part.T.contiguous(), group).T for part in found)  # (R, ranks x count)
+    top, order = top.topk(count)
+    ids = ids.gather(1, order)
+    best, _ = cross_entropy(logits, ids[:, 0], vocabulary, group)
+    return top - top[:, :1] - best[:, None], ids

@@ -26,6 +26,7 @@ VOCABULARY = Vocabulary(61)
 GRAIN = 4
 CLIP = {"model__architecture": "clip"}
 BLIP = {"model__architecture": "blip", "model__text__depth": 2}
+COCA = {"model__architecture": "coca", "objectives__captioning": {"weight": 2.0, "label_smoothing": 0.1}}
 VILT = {
     "model__architecture": "vilt",
     "model__image__depth": 0,
@@ -47,6 +48,7 @@ ARCHITECTURES = {
     "albef": Architecture({}, LAYOUTS),
     "clip": Architecture(CLIP, LAYOUTS),
     "blip": Architecture(BLIP, SOME_LAYOUTS),
+    "coca": Architecture(COCA, SOME_LAYOUTS),
     "vilt": Architecture(VILT, SOME_LAYOUTS),
 }
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
