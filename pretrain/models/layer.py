@@ -221,6 +221,8 @@ def check(architecture: Architecture, columns: Collection[str]) -> None:
     Raises:
         WiringError: the first layer that does not fit, and the way out.
     """
+    for layer in architecture.layers:  # what is left out must not shift what is not
+        assert set(layer.reads[len(layer.reads) - len(layer.only) :]) == layer.only.keys()
     brought = {*columns, *(TARGETS + objective.name for objective in architecture.objectives)}
     writers = {name: layer.name for layer in architecture.layers for name in layer.writes}
     known = brought | architecture.handed_on

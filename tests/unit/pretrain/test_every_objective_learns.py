@@ -21,7 +21,7 @@ from pretrain.parallel.mesh import ALONE
 COLOURS = torch.tensor([[250, 20, 20], [20, 250, 20], [20, 20, 250], [250, 250, 20]])
 CLS, SEP, MASK, FIRST = 2, 3, 4, 5  # ids; FIRST is that of the first colour's word
 VOCABULARY = Vocabulary(FIRST + len(COLOURS))
-BATCH, STEPS = 32, 100
+BATCH, STEPS = 32, 150
 
 
 def pictures_with_captions(positions: Tensor) -> Flow:
@@ -66,7 +66,7 @@ def test_an_architecture_learns_each_of_its_objectives(architecture):
     model = build(config, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     unseen = pictures_with_captions(1_000_000 + torch.arange(256))
-    before = accuracies(model, unseen)
+    at_first = accuracies(model, unseen)
     for step in range(STEPS):
         batch = pictures_with_captions(BATCH * step + torch.arange(BATCH))
         ((have, stand_ins),) = prepare(model, [batch], ALONE, partial(run_each, model))
@@ -74,7 +74,5 @@ def test_an_architecture_learns_each_of_its_objectives(architecture):
         model(have, stand_ins).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    after = accuracies(model, unseen)
-    print(before, after)
-    assert before.keys() == after.keys() == {objective.name for objective in model.architecture.objectives}
-    assert min(after.values()) > 0.95
+    assert max(at_first.values()) < 0.6
+    assert min(accuracies(model, unseen).values()) > 0.9

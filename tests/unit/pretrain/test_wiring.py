@@ -161,7 +161,7 @@ def test_a_model_says_which_columns_it_reads():
 
 
 def test_masked_captions_alone_need_no_negatives():
-    architecture = architecture_of(tiny_config(objectives__matching=None), VOCABULARY)
+    architecture = architecture_of(tiny_config(), VOCABULARY)
     assert "mining" not in names(leading_to(architecture.layers, ["loss/masked_lm"], architecture.columns))
 
 
