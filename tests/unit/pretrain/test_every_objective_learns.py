@@ -56,6 +56,15 @@ def accuracies(model: Model, batch: Flow) -> dict[str, float]:
     return {name: right / asked for name, (right, asked) in zip(names, counts, strict=True)}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On matrices this small, more threads take more time, and many times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 WIDE = {"model__image__width": 64, "model__text__width": 64}
 
 
