@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pretrain.collectives import Group, ring_shift
 from pretrain.config import Config, EngineConfig, load_config, parse_config
@@ -165,7 +165,7 @@ def shrink(config: Config, dp_size: int) -> Config:
 
 
 def made_up_steps(step: int, config: Config, vocabulary: Vocabulary, dp: Axis, device: torch.device) -> list[Flow]:
-    """Made-up samples of one step as a rank of the axis reads them: one batch per micro-step, every so many-th grain."""
+    """Made-up samples of one step as a rank of the axis reads them, one batch per micro-step."""
     accumulation, grain = config.training.accumulation, config.data.grain
     samples = config.training.global_batch
     grains = torch.arange(step * samples, (step + 1) * samples, device=device).view(accumulation, -1, grain)
@@ -281,11 +281,12 @@ def _wait(device: torch.device) -> None:
 
 def _describe(config: Config, mesh: Mesh, hosts: Sequence[str]) -> str:
     copy = shrink(config, mesh.dp.size)
+    layers = architecture_of(copy, _vocabulary(copy)).layers
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     return (
         f"Ranks: {mesh.world.size}, hosts: {len(set(hosts))}, device: {device}, data x tensor x pipeline parallel: "
         f"{mesh.dp.size} x {mesh.tp.size} x {mesh.pp.size}, ZeRO stage: {config.engine.zero_stage}.\n"
-        f"A copy of {len(architecture_of(copy, _vocabulary(copy)).layers)} layers of width {copy.model.text.width} takes {STEPS} steps of "
+        f"A copy of {len(layers)} layers of width {copy.model.text.width} takes {STEPS} steps of "
         f"{copy.training.global_batch} made-up samples in {copy.training.accumulation} micro-steps."
     )
 

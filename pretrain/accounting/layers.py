@@ -1,7 +1,6 @@
 """The layers of the model: their weights and FLOPs, measured on the meta device from the layers themselves."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import Config
 from pretrain.models.architectures import architecture_of
-from pretrain.models.layer import Architecture, Call, Flow
+from pretrain.models.layer import Flow
 from pretrain.models.model import Model
 from pretrain.models.towers import Vocabulary
 from pretrain.synthetic import made_up_batch

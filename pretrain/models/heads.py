@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from pretrain.collectives import Group
 from pretrain.config import CaptioningConfig, Config, ContrastiveConfig, ObjectivesConfig
 from pretrain.models.layer import COUNTS, LOSS, TARGETS, Layer, Objective
 from pretrain.models.towers import ImageProject, TextProject, Vocabulary
 from pretrain.objectives.captioning import captioning_loss
+=======
+from pretrain.collectives import Group, share_of
+from pretrain.config import Config, ContrastiveConfig, ObjectivesConfig
+from pretrain.models.layer import COUNTS, LOSS, Layer, Objective, WiringError
+from pretrain.models.towers import ImageProject, TextProject
+>>>>>>> core
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import masked_lm_loss
 from pretrain.objectives.matching import matching_loss
@@ -60,12 +67,18 @@ class ContrastiveHead(nn.Module):
         self.group = group
 
     def forward(
-        self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor, log_scale: Tensor, *bias: Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        caption_ids: Tensor,
+        log_scale: Tensor,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, E) embeddings, (B,) ids, (1,) log of the inverse temperature and, of the sigmoid loss, (1,) bias."""
         identity = Identity(image_ids, caption_ids)
-        if bias:
-            return sigmoid_loss(image, text, log_scale, *bias, identity, self.group)
+        if bias is not None:
+            return sigmoid_loss(image, text, log_scale, bias, identity, self.group)
         return contrastive_loss(image, text, log_scale, identity, self.group)
 
 
@@ -141,7 +154,8 @@ class CaptionLoss(nn.Module):
 def contrast(config: Config, tokens: str, group: Group, image_tokens: str = "image_tokens") -> list[Layer]:
     """From captions' and images' tokens, which are named, to embeddings and the contrastive loss."""
     model, contrastive = config.model, config.objectives.contrastive
-    assert contrastive
+    if contrastive is None:
+        raise WiringError("its embeddings need objectives.contrastive, which is off: switch it on")
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [

@@ -131,7 +131,7 @@ def test_a_kind_that_nothing_wants_need_not_be_there():
             [TOWERS[6], *TOWERS[:6], TOWERS[7]],
             "layer fuse reads image_tokens, which image_end writes only behind it: move it",
         ),
-        (TOWERS[:7] + [layer("matching_head", "fused", "text")], "layer matching_head writes text, which a column"),
+        ([*TOWERS[:7], layer("matching_head", "fused", "text")], "layer matching_head writes text, which a column"),
         (TOWERS[:7], "objectives.matching is on, and no layer writes loss/matching"),
         ([*TOWERS, layer("extra", "fused", "more")], "layer extra leads to no loss, so that nothing would train it: "),
     ],
