@@ -6,27 +6,12 @@ to the bit, and goes on from; and it evaluates its own model.
 """
 
 import re
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from distributed.layouts import LAYOUTS
-<<<<<<< HEAD
-from distributed.tiny import GLOBAL_NEGATIVES, Point, assert_same_curve, engine_curve, plain_curve, tiny_config
-from pretrain.config import Config
-
-THREE = ("ZeRO-3 x dp 2", "ZeRO-1 x tp 2 x dp 2", "ZeRO-1 x pp 2")  # every way to spread a model, once
-ARCHITECTURES = {  # what the config says besides, and on which layouts
-    "albef": ({}, LAYOUTS),
-    "clip": ({}, LAYOUTS),
-    "coca": ({"objectives__captioning": {"weight": 2.0, "label_smoothing": 0.1}}, THREE),
-}
-CASES = [(architecture, layout) for architecture, (_, layouts) in ARCHITECTURES.items() for layout in layouts]
-GLOBAL_CASES = [case for case in CASES if case[0] != "clip"]
-=======
 from distributed.tiny import (
     ARCHITECTURES,
     GLOBAL_NEGATIVES,
@@ -47,7 +32,6 @@ from pretrain.parallel.mesh import ALONE
 from pretrain.parallel.tensor import whole
 from pretrain.synthetic import made_up_batch
 
->>>>>>> core
 STEPS, FEWER_STEPS = 10, 6
 README = Path(__file__).parents[2] / "README.md"
 RANKS = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
@@ -58,11 +42,6 @@ def case(architecture, **changes):
     return tiny_config(training__accumulation=2, **ARCHITECTURES[architecture].changes, **changes)
 
 
-<<<<<<< HEAD
-def config_of(architecture: str, accumulation: int, **changes: Any) -> Config:
-    own, _ = ARCHITECTURES[architecture]
-    return tiny_config(model__architecture=architecture, training__accumulation=accumulation, **own, **changes)
-=======
 @pytest.fixture(scope="module")
 def references():
     """By architecture."""
@@ -112,20 +91,12 @@ def state(folder) -> dict[str, torch.Tensor]:
         read_fragments(folder, [Fragment(name, whole(parameter), 0, kinds)])
         found |= {f"{kind}/{name}": tensor for kind, tensor in kinds.items()}
     return found
->>>>>>> core
 
 
-@cache
-def reference(architecture: str, accumulation: int) -> list[Point]:
-    return plain_curve(config_of(architecture, accumulation), STEPS)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_reference_learns_and_is_clipped(architecture, accumulation):
-    curve = reference(architecture, accumulation)
-    assert sum(curve[-1].losses.values()) < sum(curve[0].losses.values())
-    assert all(point.norm > tiny_config().optimizer.clip for point in curve)
+def test_the_references_learn_and_are_clipped(references):
+    for curve in references.values():
+        assert sum(curve[-1].losses.values()) < sum(curve[0].losses.values())
+        assert all(point.norm > tiny_config().optimizer.clip for point in curve)
 
 
 def test_the_readme_lists_these_layouts():
@@ -138,19 +109,6 @@ def test_the_readme_lists_these_layouts():
     assert listed == {(name, RANKS[ranks]) for name, (ranks, _) in LAYOUTS.items()}
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(("architecture", "layout"), CASES)
-def test_its_steps_are_those_of_one_process(request, architecture, layout):
-    ranks, changes = LAYOUTS[layout]
-    config = config_of(architecture, accumulation=2, **changes)
-    for curve in request.getfixturevalue(ranks).run(engine_curve, config, STEPS):
-        assert_same_curve(curve, reference(architecture, 2))
-
-
-@pytest.mark.parametrize(("architecture", "layout"), GLOBAL_CASES)
-def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, architecture, layout):
-    """Plain PyTorch takes the whole batch at once, which needs no second pass."""
-=======
 @pytest.mark.parametrize(
     ("architecture", "layout"),
     [(name, layout) for name, each in ARCHITECTURES.items() for layout in each.layouts],
@@ -168,14 +126,10 @@ def test_its_steps_are_those_of_one_process(request, references, saved, tmp_path
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, whole_batch, layout):
->>>>>>> core
     ranks, changes = LAYOUTS[layout]
     accumulation = 2 if ranks == "four_ranks" else 4
-    config = config_of(architecture, accumulation, **GLOBAL_NEGATIVES, **changes)
+    config = tiny_config(training__accumulation=accumulation, **GLOBAL_NEGATIVES, **changes)
     for curve in request.getfixturevalue(ranks).run(engine_curve, config, FEWER_STEPS):
-<<<<<<< HEAD
-        assert_same_curve(curve, reference(architecture, 1)[:FEWER_STEPS])
-=======
         assert_same_curve(curve, whole_batch)
 
 
@@ -195,4 +149,3 @@ def test_it_evaluates_its_own_model_and_every_rank_gets_the_figures(request, lay
             batch = made_up_batch(tiny_config(), VOCABULARY, torch.arange(8) + 8 * (dp_rank + 2 * number))
             for name, expected in model.run(WANTED, batch).items():
                 torch.testing.assert_close(result[name], expected.detach(), rtol=1e-4, atol=1e-5, msg=name)
->>>>>>> core
