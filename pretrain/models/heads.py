@@ -11,18 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from pretrain.collectives import Group
 from pretrain.config import CaptioningConfig, Config, ContrastiveConfig, ObjectivesConfig
-from pretrain.models.layer import COUNTS, LOSS, TARGETS, Layer, Objective
+from pretrain.models.layer import COUNTS, LOSS, TARGETS, Layer, Objective, WiringError
 from pretrain.models.towers import ImageProject, TextProject, Vocabulary
 from pretrain.objectives.captioning import captioning_loss
-=======
-from pretrain.collectives import Group, share_of
-from pretrain.config import Config, ContrastiveConfig, ObjectivesConfig
-from pretrain.models.layer import COUNTS, LOSS, Layer, Objective, WiringError
-from pretrain.models.towers import ImageProject, TextProject
->>>>>>> core
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import masked_lm_loss
 from pretrain.objectives.matching import matching_loss
@@ -156,6 +149,7 @@ def contrast(config: Config, tokens: str, group: Group, image_tokens: str = "ima
     model, contrastive = config.model, config.objectives.contrastive
     if contrastive is None:
         raise WiringError("its embeddings need objectives.contrastive, which is off: switch it on")
+    assert model.embed
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [

@@ -35,11 +35,11 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
     "pretrain.metrics": ("pretrain.config", "pretrain.screen", "data_pipelines.batch", "data_pipelines.errors"),
     "pretrain.retrieval": (),
-    "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.run_folder": (
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
         "data_pipelines.manifest",
     ),
+    "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
