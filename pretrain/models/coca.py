@@ -90,10 +90,9 @@ def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Arch
         Layer("pool_contrast", poolers["contrast"], ("image_queries",), ("image_pooled",)),
         *text_tower(model.text, vocabulary, "text", stack, embed=CaptionEmbed),
         Layer("class_apart", ClassApart, ("text_tokens",), ("decoded", "class_token")),
+        *contrast(config, "class_token", groups.samples, image_tokens="image_pooled"),
+        *(Layer(f"decoder_block_{i}", block, reads, ("decoded",), True) for i in range(model.decoder.depth)),
     ]
-    if objectives.contrastive:
-        layers += contrast(config, "class_token", groups.samples, image_tokens="image_pooled")
-    layers += [Layer(f"decoder_block_{i}", block, reads, ("decoded",), True) for i in range(model.decoder.depth)]
     if objectives.captioning:
         layers += captioning(objectives.captioning, width, vocabulary, "decoded", "text", groups.shards)
     return Architecture(layers, objectives_of(objectives, captioning=partial(count_targets, pad=vocabulary.pad)))

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from distributed.tiny import VOCABULARY, build, tiny_config
+from distributed.tiny import BLIP, COCA, VOCABULARY, build, tiny_config
 from pretrain.captioning import look, same_captions, write_captions
 from pretrain.models.layer import Flow
 from pretrain.objectives.cross_entropy import likeliest
@@ -86,21 +85,21 @@ def test_captions_are_the_same_only_to_the_letter_and_to_the_end():
     assert same_captions(written, text).tolist() == [True, False, False]
 
 
-def test_a_whole_model_writes_one_caption_as_if_it_were_written_token_by_token():
+@pytest.mark.parametrize(("changes", "kept"), [(COCA, {"image_queries"}), (BLIP, {"seen"})])
+def test_a_model_writes_a_batch_of_captions_as_it_would_write_each_by_itself(changes, kept):
     """The image tower runs once, and rows of a batch have nothing to do with each other."""
-    config = tiny_config(model__architecture="coca")
+    config = tiny_config(**changes)
     model, batch = build(config).eval(), made_up_batch(config, VOCABULARY, torch.arange(4))
     seen = look(model.run, model.architecture, batch["images"])
-    assert seen.keys() == {"image_queries"}
+    assert seen.keys() == kept
     written = write_captions(
         model.run, seen, vocabulary=VOCABULARY.size, cls=2, sep=3, pad=VOCABULARY.pad, length=12, beams=1
     )
     for image, row in zip(batch["images"], written, strict=True):
-        ids = [2]
+        tokens, ids = model.run(["image_tokens"], {"images": image[None]})["image_tokens"], [2]
         while ids[-1] != 3 and len(ids) < 11:
-            logits: Tensor = model.run(["caption_logits"], {"images": image[None], "text": torch.tensor([ids])})[
-                "caption_logits"
-            ]
+            have = {"image_tokens": tokens, "seen": tokens, "positions": torch.zeros(1).long()}
+            logits = model.run(["caption_logits"], have | {"text": torch.tensor([ids])})["caption_logits"]
             ids.append(int(logits[0, -1].argmax()))
         ids += [3] if ids[-1] != 3 else []
         assert row.tolist() == ids + [0] * (12 - len(ids))

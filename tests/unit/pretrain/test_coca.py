@@ -164,8 +164,7 @@ def test_every_parameter_gets_a_gradient():
     [
         (
             {"objectives__contrastive": None},
-            "model.architecture coca: layer pool_contrast leads to no loss, so that nothing would train it: the "
-            "objectives that are on are captioning",
+            "model.architecture coca: its embeddings need objectives.contrastive, which is off: switch it on.",
         ),
         (
             {"objectives__captioning": None},
