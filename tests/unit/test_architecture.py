@@ -45,6 +45,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
         *("data_pipelines.manifest", "data_pipelines.text"),
     ),
+    "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
