@@ -141,9 +141,8 @@ def pair_at_random(config: Config, pool: int, group: Group, captions: tuple[str,
 def see(config: Config, pool: int, group: Group, rows: Rows, pairs: str) -> Layer:
     """From `image_tokens` to the images that are `seen`: with negatives' only if there are rows of the kind `pairs`."""
     module = partial(See, group := _group_of_pool(config, pool, group))
-    lenders = ("negative_images",) if group else ()
-    only = dict.fromkeys(lenders, (pairs,))
-    return Layer("see", module, ("image_tokens", *lenders), ("seen",), rows=rows, only=only)
+    only = {"negative_images": (pairs,)} if group else {}
+    return Layer("see", module, ("image_tokens", *only), ("seen",), rows=rows, only=only)
 
 
 def own_images(name: str) -> Layer:
