@@ -51,8 +51,9 @@ def _pack(commands: argparse._SubParsersAction) -> None:
         commands,
         "pack",
         "turn a folder or a table of images and captions into shards",
-        "SOURCE is a folder of images, each with a .txt of the same name, or a .csv, .tsv, .jsonl or .parquet with a "
-        "column of image paths and one of captions. Rows that cannot be used are listed in OUT/rejected.jsonl.",
+        "SOURCE is a folder of images (JPEG, PNG or WebP), each with a .txt of the same name, or a .csv, .tsv, .jsonl "
+        "or .parquet with a column of image paths (of parquet, also image bytes) and one of captions. Rows that cannot "
+        "be used, images of other formats among them, are listed in OUT/rejected.jsonl.",
     )
     pack.add_argument("source", type=Path, metavar="SOURCE", help="folder or table")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their manifest")
@@ -61,6 +62,13 @@ def _pack(commands: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--samples-per-shard", type=_at_least(1), default=10_000, help="a shard of 10,000 is about 300 MB"
     )
+    pack.add_argument(
+        "--heldout",
+        type=_at_least(1),
+        metavar="NUMBER",
+        help="samples to set apart by a hash of the image, into OUT/heldout beside OUT/train",
+    )
+    pack.add_argument("--label-column", help="column of classes, for OUT/heldout/prompts.json")
 
 
 def _index(commands: argparse._SubParsersAction) -> None:
@@ -173,9 +181,7 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument(
-        "--vocab-size", type=_at_least(6), required=True, help="pieces, at most: 30000 suits web captions"
-    )
+    tokenizer.add_argument("--vocab-size", type=_at_least(6), required=True, help="pieces, at most, such as 16000")
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
 
 
@@ -196,12 +202,17 @@ def _coverage(commands: argparse._SubParsersAction) -> None:
         commands,
         "coverage",
         "measure how a tokenizer suits the captions of a manifest",
-        "Counts pieces a caption, captions that are cut, and characters that are unknown.",
+        "Counts pieces per caption, captions that are cut, and characters that are unknown.",
     )
     coverage.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help=".model, or folder of a Hugging Face one")
     coverage.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     coverage.add_argument(
-        "--text-length", type=_at_least(3), default=64, help="tokens of a caption, as in the model's config"
+        "--text-length",
+        type=_at_least(3),
+        nargs="+",
+        default=[24, 32, 64],
+        metavar="TOKENS",
+        help="of a caption, as `model.text.length` has them: 24 in size tiny, 32 in the others",
     )
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
 from data_pipelines.errors import SampleError
+from data_pipelines.header import size_of
 from data_pipelines.sample import Fault, Sample, fault_of, hash64, normalised_caption, parse_sample
 from data_pipelines.storage import ByteSource
 from data_pipelines.tar import TarError, iter_members, iter_samples, split_name
+from data_pipelines.text import number_of
 
 READ_AHEAD = 8 << 20  # bytes of a remote shard that one request brings
 
@@ -29,7 +28,7 @@ FEATURES = np.dtype(
         ("image_hash", "<u8"),
         ("caption_hash", "<u8"),  # after lower-casing and joining white space
         ("uid", "<u8", (2,)),  # DataComp's, from 32 hexadecimal digits
-        ("score", "<f8"),  # NaN where the field is missing
+        ("score", "<f8"),  # NaN where the field is missing or no number
         ("language", "S16"),  # empty where the field is missing
     ]
 )
@@ -111,26 +110,13 @@ def iter_samples_of(source: ByteSource, rows: np.ndarray) -> Iterator[tuple[int,
             yield number, parse_sample("", source.read(start, stop - start))
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the header, or zeros where it cannot be read."""
-    try:
-        if data.startswith(b"\xff\xd8"):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return int(height), int(width)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return image.height, image.width
-    except Exception:  # Pillow's parsers raise whatever they like on damaged bytes
-        return 0, 0
-
-
 def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
     caption = sample.captions()[0]
     try:
         metadata = sample.metadata()
     except SampleError:
         metadata = {}
-    height, width = image_size(sample.image)
-    score = metadata.get(names.score)
+    height, width = size_of(sample.image)
     uid = metadata.get("uid")
     return (
         width,
@@ -139,16 +125,9 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
         hash64(sample.image),
         hash64(normalised_caption(caption)),
         _uid(uid) if isinstance(uid, str) else (0, 0),
-        _score(score) if isinstance(score, int | float) else np.nan,
+        number_of(metadata.get(names.score)),
         str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can spell half a letter
     )
-
-
-def _score(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an integer of hundreds of digits
-        return np.nan
 
 
 def _uid(text: str) -> tuple[int, int]:

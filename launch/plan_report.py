@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
+from data_pipelines.text import to_json
 from launch.hardware import COMPUTE_EFFICIENCY, LATENCY_S, LINK_EFFICIENCY, OVERLAP, RESERVED_GIB
 from launch.plan import GIB, Cluster, Plan, best_layouts, count_pieces, make_plan, objection
 from pretrain.accounting.layers import LayerCost, layers
@@ -45,7 +46,7 @@ def run_plan(
     best = best_layouts(config, cluster, pieces)
     compared = compare(plan, run) if plan and run else {}
     if as_json:
-        print(json.dumps(summary(config, cluster, pieces, plan, reason, best, compared), indent=2))
+        print(to_json(summary(config, cluster, pieces, plan, reason, best, compared), indent=2))
     else:
         print("\n".join(report(config, cluster, pieces, counted_from, plan, reason, best, compared)))
     return 4 if reason else 0

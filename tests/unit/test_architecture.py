@@ -18,7 +18,7 @@ PATHS = {
 
 ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
-    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors"),
+    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors", "data_pipelines.text"),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
@@ -33,11 +33,17 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.stopping", "data_pipelines"),
     ),
     "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
-    "pretrain.metrics": ("pretrain.config", "pretrain.screen", "data_pipelines.batch", "data_pipelines.errors"),
+    "pretrain.metrics": (
+        "pretrain.config",
+        "pretrain.screen",
+        "data_pipelines.batch",
+        "data_pipelines.errors",
+        "data_pipelines.text",
+    ),
     "pretrain.retrieval": (),
     "pretrain.run_folder": (
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
-        "data_pipelines.manifest",
+        *("data_pipelines.manifest", "data_pipelines.text"),
     ),
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
@@ -45,7 +51,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
     ),
     "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
-    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest"),
+    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest", "data_pipelines.text"),
     "pretrain.stopping": (),
     "pretrain.screen": (),
     "pretrain.parallel": (

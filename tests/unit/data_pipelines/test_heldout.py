@@ -1,11 +1,13 @@
 """Evaluation sees the whole split, the same each time, in equal batches on every rank."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from corpus import Corpus, Members, caption, make_corpus
+from corpus import Corpus, Members, caption, jpeg, make_corpus
+from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import Examined, HeldoutData
@@ -41,8 +43,26 @@ def test_records_tell_a_person_what_the_samples_are(corpus: Corpus):
 
 def test_a_held_out_sample_that_cannot_be_used_is_an_error(tmp_path: Path, tokenizer_path: Path):
     spoilt = make_corpus(tmp_path, tokenizer_path, (9,), lambda i, m: m | {"jpg": b"x"} if i == 5 else m)
-    with pytest.raises(DataError, match=r"Held-out sample 00005 in shard .*: image cannot be decoded .*Mend it or"):
+    with pytest.raises(DataError, match=r"Held-out sample 00005 in shard .*: image cannot be decoded: .*Mend it or"):
         list(spoilt.heldout().batches(3))
+
+
+def test_images_are_turned_as_exif_says_unless_the_config_says_that_they_are_already(
+    tmp_path: Path, tokenizer_path: Path
+):
+    def turned(index: int, members: Members) -> Members:
+        image, exif, out = Image.open(io.BytesIO(jpeg(index, 24, 24))), Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        image.save(out, "PNG", exif=exif)
+        return {name: content for name, content in members.items() if name != "jpg"} | {"png": out.getvalue()}
+
+    photos = make_corpus(tmp_path, tokenizer_path, (32,), turned)
+    seen, stored = (next(photos.heldout(exif_orientation=value).batches(8)).images for value in (True, False))
+    assert torch.equal(seen, torch.rot90(stored, -1, (2, 3)))
+    assert not torch.equal(seen, stored)
+    data = [photos.training(exif_orientation=value, crop_scale=(1, 1)) for value in (True, False)]
+    seen, stored = (next(iter(each.batches(each.initial_state()))).images for each in data)
+    assert torch.equal(seen, torch.rot90(stored, -1, (2, 3)))
 
 
 def test_no_held_out_manifest_is_an_error_that_names_the_key(corpus: Corpus):
