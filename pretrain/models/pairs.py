@@ -1,5 +1,4 @@
-"""Pairs of captions and images for the matching objective: the true ones, and hard negatives of both sides or random
-images.
+"""Pairs of captions and images for the matching objective: true ones, and hard negatives of both sides or random ones.
 
 Shapes: B samples on this rank, G on all ranks that a pool lies on, R = 3 B rows [match; negative image; negative text],
 P patches, D width, E embedding width.
