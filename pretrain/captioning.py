@@ -1,7 +1,7 @@
 """Writes captions of images, greedily or by beam search, as a model that was trained by captioning does.
 
-Any model will do whose layers make `decoded` from `text` and of images, and `caption_logits` from `decoded`. All ranks
-of a layout call these functions together, with batches of equal shapes: the number of passes follows from the shapes.
+Any model will do whose layers make `decoded` of `text` and images, and `caption_logits` of `decoded`. All ranks of a
+layout call these functions together, with batches of equal shapes: the number of passes follows from the shapes.
 Shapes: B images, W beams, R = B W captions, L text length, V vocabulary.
 """
 
@@ -19,7 +19,7 @@ Run = Callable[[Collection[str], Flow], Flow]  # what is wanted of one batch, on
 
 def look(run: Run, architecture: Architecture, images: Tensor) -> Flow:
     """All that a decoder reads of images, so that the image tower runs once for all tokens of a caption."""
-    made = {"images", "seen"}  # `seen`: images that rows of several kinds look at; the caption's row at its own
+    made = {"images", "seen"}  # `seen`: what rows of several kinds look at; captions to write look at their own image
     for layer in architecture.layers:
         if layer.reads and made.issuperset(layer.reads):
             made |= set(layer.writes)
@@ -51,7 +51,7 @@ def write_captions(
         sep: the one that ends it.
         pad: the one behind its end.
         length: L, both ends included. Captions that would be longer end there, as those of the data do.
-        beams: W, unfinished captions that are pursued for each image.
+        beams: W, captions that are pursued for each image, those that have ended among them.
         group: the ranks that V is cut over.
 
     Returns:

@@ -153,8 +153,9 @@ def test_padding_changes_nothing(used):
     torch.testing.assert_close(model(batch).figures, padded.figures)
 
 
-def test_every_parameter_gets_a_gradient():
-    model, batch = model_and_batch()
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_every_parameter_gets_a_gradient(loss):
+    model, batch = model_and_batch(objectives__contrastive={"loss": loss})
     model(batch).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
