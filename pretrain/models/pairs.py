@@ -1,5 +1,4 @@
-"""Pairs of captions and images for the matching objective: the true ones, and hard negatives of both sides or random
-images.
+"""Pairs of captions and images for the matching objective: true ones, and hard negatives of both sides or random ones.
 
 Shapes: B samples on this rank, G on all ranks that a pool lies on, R = 3 B rows [match; negative image; negative text],
 P patches, D width, E embedding width.
@@ -141,9 +140,8 @@ def pair_at_random(config: Config, pool: int, group: Group, captions: tuple[str,
 def see(config: Config, pool: int, group: Group, rows: Rows, pairs: str) -> Layer:
     """From `image_tokens` to the images that are `seen`: with negatives' only if there are rows of the kind `pairs`."""
     module = partial(See, group := _group_of_pool(config, pool, group))
-    lenders = ("negative_images",) if group else ()
-    only = dict.fromkeys(lenders, (pairs,))
-    return Layer("see", module, ("image_tokens", *lenders), ("seen",), rows=rows, only=only)
+    only = {"negative_images": (pairs,)} if group else {}
+    return Layer("see", module, ("image_tokens", *only), ("seen",), rows=rows, only=only)
 
 
 def own_images(name: str) -> Layer:
