@@ -37,6 +37,9 @@ class Pretended(dist.ProcessGroup):
     def alltoall_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.note("all-to-all", rows.nbytes)
 
+    # As torch calls them from 2.13 on.
+    all_gather_single, reduce_scatter_single, all_to_all_single = _allgather_base, _reduce_scatter_base, alltoall_base
+
 
 def group_size(group: Group) -> int:
     """How many ranks hold rows of the same micro-step."""

@@ -186,7 +186,7 @@ class _Run:
             self.kept[place] = self.meter.held - self.before[place]
             self.crossing[place] = sum(made[name].nbytes for name in call.crossing(have))
             for name in call.layer.written(call.kinds):
-                if name in made and made[name].requires_grad:
+                if call.reads and name in made and made[name].requires_grad:  # what reads nothing gives parameters
                     made[name].register_hook(partial(self._enter_backward, call.layer.name))
         return made
 
