@@ -1,21 +1,31 @@
-"""Held-out data: the whole split in its order, without augmentation, in equal batches for every rank."""
+"""Held-out data: the whole split in its order, without augmentation, in equal batches for every rank.
+
+What is evaluated is pairs: an image with five captions is five pairs, whether its shard holds them as a list or as
+samples of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from data_pipelines.assemble import Assembler, Row, collate
-from data_pipelines.batch import Batch, Record
+from data_pipelines.batch import BadSample, Batch, Record
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
+from data_pipelines.sample import Sample
 from data_pipelines.storage import shown
 from data_pipelines.tar import printable
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
+
+_EXAMINED_AT_ONCE = 64  # samples
+
+Examined = list[tuple[int, ...] | BadSample]  # of each sample, which of its captions can be used
 
 
 class HeldoutData:
@@ -26,7 +36,7 @@ class HeldoutData:
         image_size: Side of the images in pixels.
         text_length: Tokens of a caption (L).
         mask_probability: Share of the pieces hidden for masked language modelling.
-        seed: Of the run; each sample's mask depends on it and on the sample's index, so it is the same each time.
+        seed: Of the run; each pair's mask depends on it and on the pair's index, so it is the same each time.
 
     Raises:
         DataError: A file is missing or not what it should be.
@@ -38,20 +48,75 @@ class HeldoutData:
         self._workers = config.workers
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.manifest = Manifest.load(config.heldout)
-        self._reader = ShardReader(self.manifest, config.cache, config.patience_s)
-        self._assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed)
+        self.bad: tuple[BadSample, ...] = ()  # what `examine` found
+        self._split = _Split(
+            ShardReader(self.manifest, config.cache, config.patience_s),
+            self.manifest,
+            Assembler(self.tokenizer, image_size, text_length, mask_probability, seed),
+        )
+        # (pairs, 2) int64: sample and caption. Until the split is examined, each sample with its first caption.
+        self._pairs = np.stack([np.arange(self.manifest.samples), np.zeros(self.manifest.samples, np.int64)], axis=1)
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return len(self._pairs)
+
+    def examine(
+        self,
+        rank: int = 0,
+        ranks: int = 1,
+        gather: Callable[[Examined], list[Examined]] = lambda examined: [examined],
+    ) -> None:
+        """Looks at every sample, each rank at its share: all captions become pairs, and what is bad is left out.
+
+        Args:
+            rank: Place among those who share the work.
+            ranks: Number of them.
+            gather: Gives every rank's share to all, in the order of ranks.
+
+        Raises:
+            DataError: A shard cannot be read, or not one sample can be used.
+        """
+        chunks = range(-(-self.manifest.samples // _EXAMINED_AT_ONCE))
+        share = [
+            verdict
+            for found in stream(_Examination(self._split), chunks[rank::ranks], self._workers)
+            for verdict in found
+        ]
+        shares = [iter(part) for part in gather(share)]
+        pairs: list[tuple[int, int]] = []
+        bad: list[BadSample] = []
+        for sample in range(self.manifest.samples):
+            verdict = next(shares[sample // _EXAMINED_AT_ONCE % ranks])
+            if isinstance(verdict, BadSample):
+                bad.append(verdict)
+            else:
+                pairs += [(sample, caption) for caption in verdict]
+        if not pairs:
+            first = f"; the first is {_named(bad[0])}" if bad else ""
+            raise DataError(f"None of the {len(bad):,} held-out samples of {self.manifest.path} can be used{first}.")
+        self._pairs, self.bad = np.array(pairs, dtype=np.int64), tuple(bad)
+
+    def complaint(self) -> str:
+        """What `examine` found to be bad, in one sentence; empty if nothing."""
+        if not self.bad:
+            return ""
+        return (
+            f"{len(self.bad):,} of {self.manifest.samples:,} held-out samples cannot be used and are left out; the "
+            f"first is {_named(self.bad[0])}."
+        )
+
+    def encode(self, caption: str) -> np.ndarray:
+        """(L,) int64 ids of a caption that is no part of the split, as a prompt is."""
+        return self.tokenizer.encode(caption, self._split.assembler.text_length)[0]
 
     def batches(self, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1, records: bool = False) -> Iterator[Batch]:
-        """The split once, in ceil(samples / (batch_size x dp_size)) batches on every rank.
+        """The split once, in ceil(pairs / (batch_size x dp_size)) batches on every rank.
 
-        The last ones wrap around to the beginning: `positions` are indices into the split, and a sample met
+        The last ones wrap around to the beginning: `positions` are indices into the pairs, and a pair met
         before is told by its position.
 
         Args:
-            batch_size: Samples of a batch of one rank.
+            batch_size: Pairs of a batch of one rank.
             dp_rank: Place among the data-parallel ranks.
             dp_size: Number of data-parallel ranks.
             records: Fill `Batch.records` with keys, captions and metadata.
@@ -60,36 +125,87 @@ class HeldoutData:
             DataError: A sample cannot be used. None is replaced: a metric must mean the same each time.
         """
         num_batches = -(-len(self) // (batch_size * dp_size))
-        dataset = _HeldoutBatches(self._reader, self.manifest, self._assembler, batch_size, records)
+        dataset = _HeldoutBatches(self._split, self._pairs, batch_size, records)
         return stream(dataset, range(dp_rank, num_batches * dp_size, dp_size), self._workers)
 
 
-class _HeldoutBatches(BatchDataset):
-    """The split cut into batches, keyed by their number."""
+class _Split:
+    """The samples of all shards, by their number."""
 
-    def __init__(self, reader: ShardReader, manifest: Manifest, assembler: Assembler, batch_size: int, records: bool):
-        self._reader, self._manifest, self._assembler = reader, manifest, assembler
-        self._batch_size, self._records = batch_size, records
+    def __init__(self, reader: ShardReader, manifest: Manifest, assembler: Assembler):
+        self._reader, self._manifest, self.assembler = reader, manifest, assembler
         self._stops = np.cumsum([shard.samples for shard in manifest.shards])
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def read(self, number: int) -> Sample:
+        shard = self._shard_of(number)
+        first = int(self._stops[shard - 1]) if shard else 0
+        return self._reader.read(shard, number - first)
+
+    def bad(self, number: int, sample: Sample | None, error: SampleError) -> BadSample:
+        location = self._manifest.shards[self._shard_of(number)].location
+        return BadSample(location, sample.key if sample else error.key, str(error))
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._stops, number, side="right"))
+
+
+class _Examination(BatchDataset[Examined]):
+    """What can be used of some samples, keyed by the number of the chunk."""
+
+    def __init__(self, split: _Split):
+        self._split = split
+
+    def make(self, key: int) -> Examined:
+        chunk = range(key * _EXAMINED_AT_ONCE, min((key + 1) * _EXAMINED_AT_ONCE, len(self._split)))
+        return [self._examine(number) for number in chunk]
+
+    def _examine(self, number: int) -> tuple[int, ...] | BadSample:
+        assembler, sample = self._split.assembler, None
+        try:
+            sample = self._split.read(number)
+            captions = sample.captions()
+            encoded = (assembler.tokenizer.encode(caption, assembler.text_length) for caption in captions)
+            usable = tuple(place for place, (_, starts) in enumerate(encoded) if starts.any())
+            assembler.row(_with_caption(sample, usable[0] if usable else 0), number)  # decodes the image
+            return usable
+        except SampleError as error:
+            return self._split.bad(number, sample, error)
+
+
+class _HeldoutBatches(BatchDataset[Batch]):
+    """The pairs cut into batches, keyed by their number."""
+
+    def __init__(self, split: _Split, pairs: np.ndarray, batch_size: int, records: bool):
+        self._split, self._pairs, self._batch_size, self._records = split, pairs, batch_size, records
 
     def make(self, key: int) -> Batch:
         rows: list[Row] = []
         records: list[Record] = []
         for place in range(key * self._batch_size, (key + 1) * self._batch_size):
-            position = place % int(self._stops[-1])
-            shard = int(np.searchsorted(self._stops, position, side="right"))
-            first = int(self._stops[shard - 1]) if shard else 0
-            name = ""
+            position = place % len(self._pairs)
+            number, caption = self._pairs[position].tolist()
+            sample = None
             try:
-                sample = self._reader.read(shard, position - first)
-                name = sample.key
-                rows.append(self._assembler.row(sample, position))
+                sample = self._split.read(number)
+                chosen = _with_caption(sample, caption)
+                rows.append(self._split.assembler.row(chosen, position))
                 if self._records:
-                    records.append(Record(sample.key, sample.caption(), sample.metadata()))
+                    records.append(Record(sample.key, chosen.caption(), sample.metadata()))
             except SampleError as error:
                 raise DataError(
-                    f"Held-out sample {printable(name or error.key)} in shard "
-                    f"{shown(self._manifest.shards[shard].location)} cannot be used: {error}. Mend it or "
-                    f"take it out, then run `python -m data_pipelines index` again."
+                    f"Held-out {_named(self._split.bad(number, sample, error))}. Mend it or take it out, then run "
+                    f"`python -m data_pipelines index` again."
                 ) from None
         return collate(rows, records=records)
+
+
+def _with_caption(sample: Sample, number: int) -> Sample:
+    """The sample as if it had one of its captions alone."""
+    return sample if number == 0 else replace(sample, text=sample.captions()[number].encode(), json=None)
+
+
+def _named(bad: BadSample) -> str:
+    return f"sample {printable(bad.key)} in shard {shown(bad.shard)}: {bad.reason}"

@@ -128,6 +128,11 @@ class TrainingData:
             for source, grains in zip(self.sources, taken, strict=True)
         }
 
+    def shares(self, step: int) -> tuple[float, ...]:
+        """Each source's share of the samples of a step, in the order of `sources`."""
+        shares = self._shares(step)
+        return tuple(share / sum(shares) for share in shares)
+
     def batches(self, state: DataState) -> Iterator[Batch]:
         """This rank's micro-batches from `state` on, without end; `accumulation` of them make a step.
 

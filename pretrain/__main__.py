@@ -1,7 +1,7 @@
 """`python -m pretrain train|evaluate|doctor`: the command line.
 
-Exit codes: 0 done, 3 no valid checkpoint, 4 configuration, data or disk, 5 too many bad steps, 7 a layout that does not
-equal one process, 85 stopped and saved.
+Exit codes: 0 done, 3 no valid checkpoint, or one of another run, 4 configuration, data or disk, 5 too many bad steps, 7
+a layout that does not equal one process, 85 stopped as asked, and saved what there was to save.
 """
 
 import argparse
@@ -10,9 +10,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipelines.errors import UserError
+from pretrain.errors import StoppedError
+from pretrain.screen import forget_unsaid
+from pretrain.stopping import Interrupted, Stop
 
 _EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"  # set by the launcher, to which torchrun would say 1 whatever happened
 
@@ -29,8 +33,14 @@ def main() -> None:
 
     evaluate = commands.add_parser("evaluate", help="retrieval, zero-shot, matching and masked-LM accuracy of a run")
     evaluate.add_argument("run", type=Path, help="the run's output folder")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as data.tokenizer=PATH in a moved run"
+    )
     evaluate.add_argument("--split", default="heldout", help="heldout (data.heldout), or another manifest")
-    evaluate.add_argument("--rerank", type=int, default=16, help="candidates that matching ranks again (default 16)")
+    evaluate.add_argument("--step", type=int, help="of the checkpoint (default: the newest valid one)")
+    evaluate.add_argument(
+        "--rerank", type=int, default=16, help="candidates that matching ranks again, 0 for none (default 16)"
+    )
 
     doctor = commands.add_parser(
         "doctor",
@@ -45,9 +55,11 @@ def main() -> None:
     try:
         # Imported late: the other command's half of the toolkit, and torch for a wrong argument, are not needed.
         if arguments.command == "train":
-            from pretrain import train as train_module
+            stop = Stop()
+            with stop.interrupting():
+                from pretrain import train as train_module
 
-            train_module.main(arguments.config, arguments.overrides)
+            train_module.main(arguments.config, arguments.overrides, stop)
         elif arguments.command == "doctor":
             from pretrain import doctor as doctor_module
 
@@ -55,14 +67,20 @@ def main() -> None:
         else:
             from pretrain import evaluate as evaluate_module
 
-            evaluate_module.main(arguments.run, arguments.split, arguments.rerank)
+            evaluate_module.main(
+                arguments.run, arguments.split, arguments.rerank, step=arguments.step, overrides=arguments.overrides
+            )
     except UserError as error:
         _leave(error)
+    except Interrupted:
+        _leave(StoppedError("Told to stop before the first step: there is nothing to save. Start again when you like."))
     except Exception:
         # A rank that loses its connection to one that ended with a sentence of its own has nothing to add.
         if (code := _exit_code_of_another_rank()) is None:
             raise
         sys.exit(code)
+    finally:
+        forget_unsaid()
 
 
 def _leave(error: UserError) -> None:
@@ -73,7 +91,8 @@ def _leave(error: UserError) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(2)  # the main rank goes first, if it met an error too
     if _first_to_speak(path):
-        print(error, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(error, file=sys.stderr, flush=True)
     # Exit handlers end the data workers. A communication library that hangs in its own is not waited for.
     faulthandler.dump_traceback_later(20, exit=True)
     sys.exit(error.exit_code)

@@ -133,8 +133,8 @@ class ModelConfig(Section):
             "embed": size.embed,
         }
         preset["image"]["heads"] = preset["text"]["heads"] = size.heads
-        choice = ARCHITECTURES.get(given.get("architecture", "albef"))
-        for name, section in choice.sections(size).items() if choice else ():
+        choice = ARCHITECTURES.get(str(given.get("architecture")), ARCHITECTURES["albef"])
+        for name, section in choice.sections(size).items():
             preset[name] = preset.get(name, {}) | section
         filled = preset | given
         for name, section in preset.items():
@@ -357,8 +357,9 @@ class Config(Section):
         if not isinstance(given, dict):
             return given
         model, objectives = given.get("model"), given.get("objectives", {})
-        choice = ARCHITECTURES.get(model.get("architecture", "albef") if isinstance(model, dict) else "albef")
-        if choice is None or not isinstance(objectives, dict):
+        name = str(model.get("architecture")) if isinstance(model, dict) else ""
+        choice = ARCHITECTURES.get(name, ARCHITECTURES["albef"])
+        if not isinstance(objectives, dict):
             return given
         return given | {"objectives": {name: {} for name in choice.objectives} | objectives}
 
@@ -417,13 +418,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one.")
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Checks a tree of plain values after applying `key.path=value` overrides; `source` is named in the errors."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Checks a tree of plain values; `source` is named in the errors."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data_pipelines.batch import IGNORE, Batch
 from pretrain.collectives import Group, ring_shift
-from pretrain.config import Config, load_config, parse_config
+from pretrain.config import Config, EngineConfig, load_config, parse_config
 from pretrain.errors import LayoutError
-from pretrain.models.architectures import layer_specs
-from pretrain.models.flow import OBJECTIVES
-from pretrain.models.model import build_model
-from pretrain.optim import build_optimizer
+from pretrain.models.architectures import architecture_of
+from pretrain.models.layer import Flow
+from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import ALONE, Axis, Mesh, start_mesh, stop_mesh, training_dtype
+from pretrain.synthetic import made_up_batch
 
 STEPS = 3  # the first compares gradients; later ones also what was done with them
 RATE = 1e-4  # without warmup: an update moves a loss of the copy by a few tenths
@@ -37,7 +35,6 @@ RATE = 1e-4  # without warmup: an update moves a loss of the copy by a few tenth
 # differ by about 1e-6. In bf16 a number has 8 bits: losses differ by up to 2 % (sigmoid 6 %), norms by 1.5 % (9 %).
 TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.15, 0.2)}
 NORM = "gradient norm"
-PAD = 0
 SIZES_MIB = (1, 8, 64)
 REPETITIONS = 5
 SLOW = 0.8  # of the median
@@ -142,12 +139,11 @@ def shrink(config: Config, dp_size: int) -> Config:
     """
     tree, model, engine = config.model_dump(mode="json"), config.model, config.engine
     heads = max(2, engine.tensor_parallel)
-    # ZeRO-3 keeps parameters of up to 1e5 elements on every rank: a perceptron's matrix, 4 width^2 over tensor_parallel
+    # ZeRO-3 keeps parameters of up to 1e5 elements on every rank: an MLP's matrix, 4 width^2 over tensor_parallel
     # ranks, is just above that, and is partitioned and gathered as in the whole model.
     width = heads * (math.isqrt(25_000 * engine.tensor_parallel) // heads + 1)
-    for name in ("image", "text", "fusion"):
-        if (tower := getattr(model, name)) is not None:
-            tree["model"][name] |= {"depth": min(tower.depth, max(2, engine.pipeline_parallel)), "heads": heads}
+    for name, tower in model.towers.items():
+        tree["model"][name] |= {"depth": min(tower.depth, max(2, engine.pipeline_parallel)), "heads": heads}
     tree["model"]["image"] |= {"size": 16, "patch": 8, "width": width}
     tree["model"]["text"] |= {"length": min(model.text.length, 6), "width": width}
     tree["model"]["embed"] = min(model.embed, 32)
@@ -168,56 +164,40 @@ def shrink(config: Config, dp_size: int) -> Config:
     return parse_config(tree, source="the doctor's copy")
 
 
-def make_batches(step: int, config: Config, dp: Axis) -> list[Batch]:
-    """Made-up samples of one step as a rank of the axis reads them: one batch a micro-step, every so many-th grain."""
+def made_up_steps(step: int, config: Config, vocabulary: Vocabulary, dp: Axis, device: torch.device) -> list[Flow]:
+    """Made-up samples of one step as a rank of the axis reads them, one batch per micro-step."""
     accumulation, grain = config.training.accumulation, config.data.grain
-    grains = config.training.global_batch // grain
-    rows = torch.arange(step * grains, (step + 1) * grains).view(accumulation, -1)
-    return [_make_batch(row[dp.rank :: dp.size].tolist(), config) for row in rows]
+    samples = config.training.global_batch
+    grains = torch.arange(step * samples, (step + 1) * samples, device=device).view(accumulation, -1, grain)
+    return [made_up_batch(config, vocabulary, part[dp.rank :: dp.size].flatten()) for part in grains]
 
 
 def curve_alone(config: Config, device: torch.device) -> Curve:
-    """The steps in plain PyTorch: one process, one model, fp32, no engine.
+    """The steps of one process: one model, fp32, plain PyTorch.
 
-    It takes every rank's samples. With tensor_parallel 1 one takes about 1.2 MB, and 5 ms of a processor core a step:
+    It takes every rank's samples. With tensor_parallel 1 one takes about 1.2 MB, and 5 ms of a processor core per step:
     for 2,048 ranks of two samples that is 5 GB and a minute and a half on one core.
     """
-    if config.objectives.contrastive.negatives == "global_batch":
+    contrastive = config.objectives.contrastive
+    if contrastive and contrastive.negatives == "global_batch":
         config = _with(config, "training", accumulation=1)  # which is what it means
-    model = build_model(layer_specs(config, _vocabulary(config)), config, PAD, device)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model.named_parameters(), shapes, config.optimizer, config.objectives.contrastive)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
-    curve = []
-    for step in range(STEPS):
-        batches = make_batches(step, config, ALONE)
-        losses = torch.zeros(len(OBJECTIVES), device=device)
-        for batch in batches:
-            output = model(**batch.to(device).tensors())
-            (output.loss / len(batches)).backward()
-            losses += output.losses / len(batches)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(_point(losses, float(norm), config))
-    return curve
+    vocabulary = _vocabulary(config)
+    alone = EngineConfig(zero_stage=0, precision="fp32")
+    return _curve(config.model_copy(update={"engine": alone}), vocabulary, Mesh(device))
 
 
 def curve_of_layout(config: Config, mesh: Mesh) -> Curve:
     """The steps on the configured engine. All ranks call it together."""
-    engine = build_engine(
-        config,
-        mesh,
-        vocabulary=_vocabulary(config),
-        pad_id=PAD,
-        micro_batch_per_rank=config.training.global_batch // config.training.accumulation // mesh.dp.size,
-    )
-    curve = []
-    for step in range(STEPS):
-        result = engine.step([batch.to(mesh.device) for batch in make_batches(step, config, mesh.dp)], RATE)
-        curve.append(_point(result.losses, result.gradient_norm, config))
-    return curve
+    return _curve(config, _vocabulary(config), mesh)
+
+
+def _curve(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Curve:
+    micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp.size
+    engine = build_engine(config, mesh, vocabulary=vocabulary, micro_batch_per_rank=micro_batch)
+    results = [
+        engine.step(made_up_steps(step, config, vocabulary, mesh.dp, mesh.device), RATE) for step in range(STEPS)
+    ]
+    return [result.losses | {NORM: result.gradient_norm} for result in results]
 
 
 def measure_bandwidth(mesh: Mesh, dtype: torch.dtype) -> dict[str, list[float]]:
@@ -272,43 +252,9 @@ def _with(config: Config, section: str, **changes: object) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def _vocabulary(config: Config) -> int:
+def _vocabulary(config: Config) -> Vocabulary:
     """Not a multiple of tensor_parallel: the last rank's share is smaller, as with most tokenizers."""
-    return 64 * config.engine.tensor_parallel - 3
-
-
-def _make_batch(grains: Sequence[int], config: Config) -> Batch:
-    """Samples that are a function of their grain's number; some share an image, and some slots are not used."""
-    parts: list[dict[str, Tensor]] = []
-    size, length, rows = config.model.image.size, config.model.text.length, config.data.grain
-    for grain in grains:
-        generator = torch.Generator().manual_seed(grain)
-        positions = grain * rows + torch.arange(rows)
-        text = torch.randint(5, _vocabulary(config), (rows, length), generator=generator)
-        used = torch.randint(3, length + 1, (rows, 1), generator=generator)
-        text[torch.arange(length) >= used] = PAD
-        slots = torch.tensor([1, 2]).repeat(rows, 1)
-        masked, targets = text.scatter(1, slots, 4), text.gather(1, slots)
-        targets[positions % 3 == 0, 1] = IGNORE
-        parts.append(
-            {
-                "images": torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator),
-                "text": text,
-                "masked_text": masked,
-                "masked_positions": slots,
-                "masked_targets": targets,
-                "positions": positions,
-                "image_ids": torch.where(positions % 8 < 2, positions // 8, -1 - positions),
-                "caption_ids": positions,
-            }
-        )
-    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Batch(**whole)
-
-
-def _point(losses: Tensor, norm: float, config: Config) -> dict[str, float]:
-    by_objective = zip(OBJECTIVES, losses.tolist(), strict=True)
-    return {name: loss for name, loss in by_objective if getattr(config.objectives, name)} | {NORM: norm}
+    return Vocabulary(64 * config.engine.tensor_parallel - 3)
 
 
 def _operations(part: Tensor, whole: Tensor, group: Group) -> dict[str, Callable[[], object]]:
@@ -335,11 +281,12 @@ def _wait(device: torch.device) -> None:
 
 def _describe(config: Config, mesh: Mesh, hosts: Sequence[str]) -> str:
     copy = shrink(config, mesh.dp.size)
+    layers = architecture_of(copy, _vocabulary(copy)).layers
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     return (
         f"Ranks: {mesh.world.size}, hosts: {len(set(hosts))}, device: {device}, data x tensor x pipeline parallel: "
         f"{mesh.dp.size} x {mesh.tp.size} x {mesh.pp.size}, ZeRO stage: {config.engine.zero_stage}.\n"
-        f"A copy of {copy.num_layers} layers of width {copy.model.text.width} takes {STEPS} steps of "
+        f"A copy of {len(layers)} layers of width {copy.model.text.width} takes {STEPS} steps of "
         f"{copy.training.global_batch} made-up samples in {copy.training.accumulation} micro-steps."
     )
 

@@ -1,309 +1,180 @@
-"""Evaluation of a run on held-out pairs: retrieval, zero-shot classification, matching, masked language modelling.
+"""`python -m pretrain evaluate`: scores a checkpoint of a run on held-out pairs.
 
-One process, no engine: any checkpoint loads into a plain model.
-Shapes: N samples, L text length, P patches, D width, E embedding width, K masked slots.
+A process started by hand evaluates by itself; under torchrun, the ranks hold the model as the run's config lays it out,
+so that a model that fits no single GPU is evaluated too.
 """
 
+import contextlib
+import copy
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from data_pipelines.batch import Record
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import HeldoutData
-from pretrain.checkpoint.fragments import read_fragments
+from data_pipelines.manifest import normalised, write_atomically
+from data_pipelines.tokenizer import Tokenizer
 from pretrain.checkpoint.store import CheckpointStore, read_run
-from pretrain.config import Config, parse_config
-from pretrain.errors import CheckpointError
-from pretrain.models.align import Align
-from pretrain.models.architectures import layer_specs
-from pretrain.models.flow import Flow, start_flow
-from pretrain.models.fusion import FusionBlock, MaskedLMHead, MatchingHead
-from pretrain.models.model import VisionLanguageModel, build_model
-from pretrain.models.towers import TextBlock, TextEmbed
-from pretrain.objectives.masked_lm import UNUSED
-from pretrain.parallel.engine import Fragment
-from pretrain.parallel.mesh import ALONE, training_dtype
-from pretrain.parallel.tensor import whole
-from pretrain.retrieval import chance_recall, recall
+from pretrain.config import Config, EngineConfig, parse_config
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.models.towers import Vocabulary
+from pretrain.parallel.build import build_engine
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.mesh import Mesh, is_launched, make_mesh, start_mesh, stop_mesh
+from pretrain.prompts import Prompts
+from pretrain.run_folder import kept_tokenizers
+from pretrain.scores import BATCH, Score, all_scores, encode, zero_shot
+from pretrain.screen import say
 
-LayerT = TypeVar("LayerT", bound=nn.Module)
-BATCH = 64  # samples, or pairs, in one forward pass
+HELDOUT = "heldout"  # the name of the split that the run's config names
 
 
-@dataclass(frozen=True)
-class Score:
-    """One figure, and what guessing would score."""
+def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, overrides: Sequence[str] = ()) -> None:
+    """Evaluates a checkpoint of a run, the newest valid one by default: a table, and JSON beside the run.
 
-    name: str
-    value: float
-    chance: float
+    Raises:
+        UserError: what is needed is not there. A figure that cannot be had, or the file, costs neither the others.
+    """
+    if rerank < 0:
+        raise ConfigError(f"--rerank {rerank} is below 0: give a number of candidates, or 0 to rank nothing again.")
+    mesh, checkpoint, run, config = open_run(run_folder, step, overrides)
+    if split != HELDOUT:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"heldout": Path(split)})})
+    data = open_split(config, mesh, run_folder, run["tokenizer"])
+    engine = load_engine(config, mesh, data, checkpoint)
+    if mesh.is_main and (complaint := data.complaint()):
+        say(complaint)
+    prompts = Prompts.beside(data.manifest.path)
+    encoded = encode(engine, mesh, data)
+    scores, problems = all_scores(engine, mesh, data, encoded, rerank), []
+    if prompts is not None and "text_embeddings" in encoded.tensors:
+        try:
+            scores.append(zero_shot(engine, mesh, data, encoded, prompts))
+        except DataError as error:
+            problems.append(str(error))
+    if mesh.is_main:
+        problems += tell(run_folder, checkpoint, run, data, scores)
+    stop_mesh()
+    if problems:
+        raise DataError("\n".join(problems))
 
 
-@torch.no_grad()
-def main(run_folder: Path, split: str, rerank: int) -> None:
-    """Evaluates the newest valid checkpoint of a run; prints a table and writes it as JSON beside the run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = CheckpointStore(run_folder / "checkpoints", ALONE, keep=2)
-    checkpoint = store.newest_valid(quarantine=False)
+def open_run(run_folder: Path, step: int | None, overrides: Sequence[str]) -> tuple[Mesh, Path, dict, Config]:
+    """The ranks, the checkpoint, what it says of its run, and the config to evaluate with.
+
+    Raises:
+        UserError: there is no such checkpoint, or its layout does not fit the processes.
+    """
+    alone = EngineConfig(zero_stage=0)
+    mesh = start_mesh(alone)
+    store = CheckpointStore(run_folder / "checkpoints", mesh.world, keep=2)
+    checkpoint = store.newest_valid(quarantine=False, step=step)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
-    run = read_run(checkpoint)
-    config = parse_config(run["config"], source=str(checkpoint))
-    data = open_split(config, split, run["tokenizer"])
-    model = load_model(config, data, checkpoint, device)
-    scores = evaluate(model, data, prompts_beside(data), rerank)
+    with _still_there(checkpoint):
+        run = read_run(checkpoint)
+    config = parse_config(copy.deepcopy(run["config"]), str(checkpoint), overrides)
+    if not is_launched():
+        alone = alone.model_copy(update={"precision": config.engine.precision})
+        return mesh, checkpoint, run, config.model_copy(update={"engine": alone})
+    return make_mesh(mesh.world, mesh.device, config.engine), checkpoint, run, config
 
-    name = split if split == "heldout" else Path(split).resolve().parent.name
-    path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
-    figures = {score.name: {"value": score.value, "chance": score.chance} for score in scores}
-    path.write_text(json.dumps({"checkpoint": str(checkpoint), "samples": len(data), "scores": figures}, indent=1))
-    print(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
+
+def tell(run_folder: Path, checkpoint: Path, run: dict, data: HeldoutData, scores: list[Score]) -> list[str]:
+    """Prints the scores and writes them beside the run. Returns what went wrong with the latter."""
+    name = name_of(data, run["config"]["data"]["heldout"])
+    say(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
     table = Table()
     for heading in ("", "score", "chance"):
         table.add_column(heading, justify="left" if not heading else "right")
     for score in scores:
         table.add_row(score.name, f"{score.value:.3f}", f"{score.chance:.3f}")
-    Console().print(table)
-    print(f"Written to {path}.")
+    with contextlib.suppress(OSError):
+        Console().print(table)
+    path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
+    try:
+        write_atomically(path, lambda tmp: tmp.write_text(report(checkpoint, data, scores)))
+        say(f"Written to {path}.")
+    except DataError as error:
+        return [f"{error} The figures above are complete."]
+    return []
 
 
-def open_split(config: Config, split: str, tokenizer: str) -> HeldoutData:
-    """The pairs to evaluate on, with the tokenizer that the run was trained with."""
-    data_config = config.data if split == "heldout" else config.data.model_copy(update={"heldout": Path(split)})
+def report(checkpoint: Path, data: HeldoutData, scores: list[Score]) -> str:
+    """The scores, and what they were measured on, as JSON."""
+    figures = {
+        score.name: {"value": score.value if math.isfinite(score.value) else None, "chance": score.chance}
+        for score in scores
+    }
+    content = {
+        "checkpoint": str(checkpoint),
+        "manifest": str(data.manifest.path),
+        "manifest_hash": data.manifest.hash,
+        "samples": len(data),
+        "bad_samples": len(data.bad),
+        "scores": figures,
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def name_of(data: HeldoutData, heldout: str | None) -> str:
+    """The name of a split in messages and files: no two manifests have the same."""
+    if heldout is not None and data.manifest.path == normalised(Path(heldout)):
+        return HELDOUT
+    return f"{data.manifest.path.parent.name}-{data.manifest.hash[:8]}"
+
+
+@contextlib.contextmanager
+def _still_there(checkpoint: Path) -> Iterator[None]:
+    """A live run removes old checkpoints, also one that is being read."""
+    try:
+        yield
+    except (OSError, SafetensorError):
+        if checkpoint.exists():
+            raise
+        raise CheckpointError(
+            f"{checkpoint} was removed while it was read, as a run does that goes on: evaluate again, or raise "
+            f"checkpoint.keep."
+        ) from None
+
+
+def open_split(config: Config, mesh: Mesh, run_folder: Path, fingerprint: str) -> HeldoutData:
+    """The pairs to evaluate on, with the tokenizer that the run was trained with, and all of them looked at."""
     masked_lm = config.objectives.masked_lm
+    path = find_tokenizer([*kept_tokenizers(run_folder), config.data.tokenizer], fingerprint)
     data = HeldoutData(
-        data_config,
+        config.data.model_copy(update={"tokenizer": path}),
         image_size=config.model.image.size,
         text_length=config.model.text.length,
         mask_probability=masked_lm.probability if masked_lm else 0.15,
         seed=config.seed,
     )
-    if data.tokenizer.fingerprint != tokenizer:
-        raise DataError(
-            f"{config.data.tokenizer} is not the tokenizer that the run was trained with: put the old one back."
-        )
+    data.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data
 
 
-def load_model(config: Config, data: HeldoutData, checkpoint: Path, device: torch.device) -> VisionLanguageModel:
-    """The model with a checkpoint's master weights, in the type it was trained in."""
-    specs = layer_specs(config, data.tokenizer.vocab_size)
-    model = build_model(specs, config, data.tokenizer.pad_id, device)
-    read_fragments(
-        checkpoint, [Fragment(n, whole(p), 0, {"master": p.data.view(-1)}) for n, p in model.named_parameters()]
+def find_tokenizer(paths: Sequence[Path], fingerprint: str) -> Path:
+    """The first of some paths that holds the tokenizer a run was trained with."""
+    for path in paths:
+        with contextlib.suppress(DataError):
+            if Tokenizer.load(path).fingerprint == fingerprint:
+                return path
+    raise DataError(
+        f"The tokenizer that the run was trained with is not at {' or '.join(map(str, paths))}: put it back, or say "
+        f"where it is with data.tokenizer=PATH. Another one would make other words of the same ids."
     )
-    return model.to(training_dtype(config.engine, device)).eval()
 
 
-def evaluate(model: VisionLanguageModel, data: HeldoutData, prompts: dict | None, rerank: int) -> list[Score]:
-    """Every figure that the model's objectives allow."""
-    split = encode_split(model, data)
-    similarity = split.image_embeddings @ split.text_embeddings.T  # (N images, N captions)
-    relevant = split.caption_ids[:, None] == split.caption_ids[None, :]
-    scores = [
-        *_recalls("text-to-image", "", similarity.T, relevant.T),
-        *_recalls("image-to-text", "", similarity, relevant),
-    ]
-    if hasattr(model, "matching_head"):
-        ranked = rerank_by_matching(model, split, similarity, min(rerank, len(data)))
-        scores += [
-            *_recalls("text-to-image", ", re-ranked", ranked[1].T, relevant.T),
-            *_recalls("image-to-text", ", re-ranked", ranked[0], relevant),
-            Score("matching accuracy, random negatives", matching_accuracy(model, split), 0.5),
-        ]
-    if hasattr(model, "masked_lm_head"):
-        scores.append(Score("masked-LM accuracy", masked_lm_accuracy(model, split), 1 / data.tokenizer.vocab_size))
-    if prompts is not None:
-        value = zero_shot_accuracy(model, data, split, prompts)
-        scores.append(
-            Score(f"zero-shot accuracy, {len(prompts['classes'])} classes", value, 1 / len(prompts["classes"]))
-        )
-    return scores
-
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """The split after the towers, on the CPU."""
-
-    image_embeddings: Tensor  # (N, E)
-    text_embeddings: Tensor  # (N, E)
-    images: Tensor  # (N, P, D)
-    texts: Tensor  # (N, L, D)
-    masks: Tensor  # (N, L)
-    masked_texts: Tensor  # (N, L, D)
-    masked_masks: Tensor  # (N, L)
-    masked_positions: Tensor  # (N, K)
-    masked_targets: Tensor  # (N, K)
-    image_ids: Tensor  # (N,)
-    caption_ids: Tensor  # (N,)
-    records: list[Record]
-
-
-def encode_split(model: VisionLanguageModel, data: HeldoutData) -> EncodedSplit:
-    """Runs both towers over every image, caption and masked caption."""
-    columns: list[tuple[Tensor, ...]] = []
-    records: list[Record] = []
-    for batch in data.batches(BATCH, records=True):
-        fields = batch.to(_device(model)).tensors()
-        flow = start_flow(**fields, pad_id=model.pad_id)
-        flow = _run_towers(model, flow)
-        B = len(batch)
-        rows = (
-            _layer(model, "align", Align).embed_image(flow.image),
-            _layer(model, "align", Align).embed_text(flow.text[:B]),
-            flow.image,
-            flow.text[:B],
-            flow.text_mask[:B],
-            flow.text[B:],
-            flow.text_mask[B:],
-            *(fields[name] for name in ("masked_positions", "masked_targets", "image_ids", "caption_ids")),
-        )
-        columns.append(tuple(row.cpu() for row in rows))
-        records += batch.records
-    tensors = (torch.cat(column)[: len(data)] for column in zip(*columns, strict=True))  # the last batch wraps around
-    return EncodedSplit(*tensors, records=records[: len(data)])
-
-
-def rerank_by_matching(
-    model: VisionLanguageModel, split: EncodedSplit, similarity: Tensor, top: int
-) -> tuple[Tensor, Tensor]:
-    """Similarities in which each query's `top` candidates are ordered by the matching head, before all others.
-
-    Returns:
-        Two (N images, N captions) tensors: one whose rows (images) were the queries, one whose columns were.
-    """
-    N = len(similarity)
-    best_texts = similarity.topk(top, dim=1).indices  # (N, top)
-    best_images = similarity.topk(top, dim=0).indices.T  # (N, top)
-    own = torch.arange(N)[:, None].expand(N, top)
-    by_image, by_text = similarity.clone(), similarity.clone()
-    for target, images, texts in ((by_image, own, best_texts), (by_text, best_images, own)):
-        images, texts = images.flatten(), texts.flatten()
-        margins = match_margins(model, split, images, texts)
-        target[images, texts] = margins + 1e4  # above every cosine; margins are small numbers
-    return by_image, by_text
-
-
-def match_margins(model: VisionLanguageModel, split: EncodedSplit, images: Tensor, texts: Tensor) -> Tensor:
-    """How much more the matching head says "together" than "apart" of each pair. (N,), (N,) indices -> (N,)."""
-    head = _layer(model, "matching_head", MatchingHead)
-    margins = []
-    for rows in torch.arange(len(images)).split(4 * BATCH):
-        shown, inverse = images[rows].unique(return_inverse=True)
-        logits = head.logits(
-            _fuse(model, split.images[shown], inverse, split.texts[texts[rows]], split.masks[texts[rows]])
-        ).float()
-        margins.append((logits[:, 1] - logits[:, 0]).cpu())
-    return torch.cat(margins)
-
-
-def matching_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float:
-    """Balanced: each image once with its own caption, once with that of a random sample that differs in both."""
-    N = len(split.caption_ids)
-    generator = torch.Generator().manual_seed(0)
-    different = (split.caption_ids[:, None] != split.caption_ids) & (split.image_ids[:, None] != split.image_ids)
-    partners = (torch.rand(N, N, generator=generator) * different).argmax(dim=1)
-    matched = match_margins(model, split, torch.arange(N), torch.arange(N)) > 0
-    mismatched = match_margins(model, split, torch.arange(N), partners) <= 0
-    return float(torch.cat([matched, mismatched]).float().mean())
-
-
-def masked_lm_accuracy(model: VisionLanguageModel, split: EncodedSplit) -> float:
-    """Share of hidden pieces that are named rightly, the image in sight."""
-    head = _layer(model, "masked_lm_head", MaskedLMHead)
-    right = asked = 0
-    for rows in torch.arange(len(split.caption_ids)).split(BATCH):
-        fused = _fuse(
-            model, split.images[rows], torch.arange(len(rows)), split.masked_texts[rows], split.masked_masks[rows]
-        )
-        answers = head.logits(fused, split.masked_positions[rows].to(fused.device)).argmax(dim=2).cpu()
-        targets = split.masked_targets[rows]
-        right += int((answers == targets).sum())
-        asked += int((targets != UNUSED).sum())
-    return right / max(asked, 1)
-
-
-def zero_shot_accuracy(model: VisionLanguageModel, data: HeldoutData, split: EncodedSplit, prompts: dict) -> float:
-    """Each image's class by the nearest mean of its classes' prompts. Source: CLIP, section 3.1.4."""
-    classes = prompts["classes"]
-    means = []
-    for captions in classes.values():
-        embeddings = torch.cat([_embed_captions(model, data, part) for part in _chunks(captions, BATCH)])
-        means.append(torch.nn.functional.normalize(embeddings.mean(dim=0), dim=0))
-    guesses = (split.image_embeddings @ torch.stack(means).T).argmax(dim=1)
-    names = list(classes)
-    truths = [str(record.metadata.get(prompts["field"])) for record in split.records]
-    right = [names[guess] == truth for guess, truth in zip(guesses.tolist(), truths, strict=True)]
-    return sum(right) / len(right)
-
-
-def prompts_beside(data: HeldoutData) -> dict | None:
-    """`prompts.json` next to the manifest: the metadata field that names the class, and each class's prompts."""
-    path = data.manifest.path.with_name("prompts.json")
-    if not path.exists():
-        return None
-    try:
-        prompts = json.loads(path.read_text())
-        if not (isinstance(prompts["field"], str) and prompts["classes"] and all(prompts["classes"].values())):
-            raise ValueError("no field, or a class without prompts")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'{path} cannot be used ({error}): write {{"field": "label", "classes": {{"cat": ["a photo of a cat"]}}}}.'
-        ) from None
-    return prompts
-
-
-def _recalls(direction: str, suffix: str, similarity: Tensor, relevant: Tensor) -> Iterator[Score]:
-    chance = chance_recall(relevant)
-    for k, value in recall(similarity, relevant).items():
-        yield Score(f"{direction} R@{k}{suffix}", value, chance[k])
-
-
-def _embed_captions(model: VisionLanguageModel, data: HeldoutData, captions: list[str]) -> Tensor:
-    embed = _layer(model, "text_embed", TextEmbed)
-    rows = [data.tokenizer.encode(caption, len(embed.position))[0] for caption in captions]
-    ids = torch.stack([torch.from_numpy(row) for row in rows]).to(_device(model))
-    text, mask = embed.embed(ids), (ids != model.pad_id).long()
-    for layer in model.children():
-        if isinstance(layer, TextBlock):
-            text = layer.transform(text, mask)
-    return _layer(model, "align", Align).embed_text(text).cpu()
-
-
-def _run_towers(model: VisionLanguageModel, flow: Flow) -> Flow:
-    for name, layer in model.named_children():
-        if name.startswith(("image_", "text_")):
-            flow = layer(flow)
-    return flow
-
-
-def _fuse(model: VisionLanguageModel, images: Tensor, image_rows: Tensor, texts: Tensor, masks: Tensor) -> Tensor:
-    """Text rows after the fusion layers. (B, P, D) images, (R,) the image of each row, (R, L, D), (R, L)."""
-    device = _device(model)
-    memory, rows, text, mask = images.to(device), image_rows.to(device), texts.to(device), masks.to(device)
-    for layer in model.children():
-        if isinstance(layer, FusionBlock):
-            text = layer.transform(text, mask, memory, rows)
-    return text
-
-
-def _layer(model: VisionLanguageModel, name: str, kind: type[LayerT]) -> LayerT:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, kind)
-    return layer
-
-
-def _device(model: VisionLanguageModel) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _chunks(items: list[str], size: int) -> Iterable[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def load_engine(config: Config, mesh: Mesh, data: HeldoutData, checkpoint: Path) -> Engine:
+    """The model on its layout, with a checkpoint's weights."""
+    vocabulary = Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id)
+    engine = build_engine(config, mesh, vocabulary=vocabulary, micro_batch_per_rank=BATCH)
+    with _still_there(checkpoint):
+        CheckpointStore(checkpoint.parent, mesh.world, keep=2).load(checkpoint, engine.fragments())
+    engine.loaded(0)
+    return engine

@@ -2,21 +2,34 @@
 
 import json
 import math
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipelines.batch import BadSample
+from data_pipelines.errors import cannot_write
 from pretrain.config import Config
-from pretrain.errors import StorageError
+from pretrain.screen import say
+
+# TensorBoard sorts its groups by name: loss, optimizer, progress, scores, system. A curve and its held-out counterpart
+# have one name, and so one card.
+_CARDS = {
+    "loss": "loss/total",
+    "learning_rate": "optimizer/learning_rate",
+    "gradient_norm": "optimizer/gradient_norm",
+    "temperature": "optimizer/temperature",
+    "health/skipped_steps": "optimizer/skipped_steps",
+    "health/bad_samples": "progress/bad_samples",
+}
+_GROUPS = {"loss": "", "epoch": "progress/", "time": "system/", "memory": "system/"}
 
 
 class Clock:
@@ -45,32 +58,38 @@ class Metrics:
         """`first_step` is the step the run goes on from: what an interrupted start wrote beyond it goes."""
         self.steps = config.training.steps
         self.folder = config.output
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
+            # Two runs to TensorBoard, so that curves of one name share a card.
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+            self._heldout_board = SummaryWriter(self.folder / "tensorboard" / "heldout", purge_step=first_step + 1)
         except OSError as error:
-            raise StorageError(
-                f"Cannot write metrics in {self.folder} ({error}): make space or mend the disk."
-            ) from None
+            raise cannot_write(f"metrics in {self.folder}", error) from None
         self._recent_s: list[float] = []
+        self._last_written = first_step  # the step of the last line
         self._broken = False
 
-    def describe(self, config: Config, facts: dict[str, Any]) -> None:
-        """Keeps the resolved config, as a file and as TensorBoard's text card, and facts about the run beside it."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (self.folder / "config.yaml").write_text(text)
+    def describe(self, text: str, facts: Mapping[str, Any]) -> None:
+        """Shows the resolved config, and facts about the run, as TensorBoard's text card."""
         rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-        self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
+        with self._surviving_a_full_disk():
+            self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One optimizer step's values, by name."""
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with self._surviving_a_full_disk():
-            self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
-            self._jsonl.flush()
-        self.scalars(step, {name: value for name, value in values.items() if name != "batch_id"})
+            _append(self._jsonl, _json({"step": step, **values}))
+            self._last_written = step
+        self._show(self._board, step, {name: value for name, value in values.items() if name != "batch_id"})
+
+    def heldout(self, step: int, values: dict[str, float]) -> None:
+        """What evaluation after `step`, the last one, found: `heldout/...` in the line of that step."""
+        with self._surviving_a_full_disk():
+            if self._last_written == step:
+                scores = _json({f"heldout/{name}": value for name, value in values.items()})
+                _append(self._jsonl, b", " + scores.removeprefix(b"{"), instead_of=b"}\n")
+        self._show(self._heldout_board, step, values)
 
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
@@ -81,12 +100,6 @@ class Metrics:
         ):
             file.write("".join(f"{line}\n" for line in lines))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """TensorBoard alone."""
-        with self._surviving_a_full_disk():
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
     def line(self, step: int, values: dict[str, float]) -> str:
         """One step's values for a person, with the time that is left."""
         recent_s = sorted(self._recent_s)[len(self._recent_s) // 2]
@@ -96,17 +109,25 @@ class Metrics:
             f"step {step}/{self.steps}  loss {values['loss']:.4f} ({', '.join(parts)})  "
             f"lr {values['learning_rate']:.2e}  norm {values['gradient_norm']:.2f}  "
             f"{values['time/samples_per_s']:.0f} samples/s  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+            f"{_epochs(values)}"
         )
 
     def flush(self) -> None:
         """Makes what was said so far visible in TensorBoard, and safe from a kill."""
         with self._surviving_a_full_disk():
             self._board.flush()
+            self._heldout_board.flush()
 
     def close(self) -> None:
         with self._surviving_a_full_disk():
             self._jsonl.close()
             self._board.close()
+            self._heldout_board.close()
+
+    def _show(self, board: SummaryWriter, step: int, values: dict[str, float]) -> None:
+        with self._surviving_a_full_disk():
+            for name, value in values.items():
+                board.add_scalar(card(name), value, step)
 
     @contextmanager
     def _surviving_a_full_disk(self):
@@ -115,7 +136,7 @@ class Metrics:
             yield
         except OSError as error:
             if not self._broken:
-                print(f"Metrics can no longer be written in {self.folder} ({error}); training goes on.", flush=True)
+                say(f"Metrics can no longer be written in {self.folder} ({error}); training goes on.")
             self._broken = True
 
 
@@ -126,17 +147,51 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def _open_at(path: Path, step: int):
-    """Opens a file of JSON lines for appending, without the lines of later steps, or one cut off by a kill."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+def card(name: str) -> str:
+    """The name of a metric's card on TensorBoard, of which the part before the first slash is the group."""
+    return _CARDS.get(name) or f"{_GROUPS.get(name.partition('/')[0], 'scores/')}{name}"
+
+
+def _epochs(values: Mapping[str, float]) -> str:
+    """As in "epoch 1.25", or "epoch web 1.25, books 0.50" where there are several sources."""
+    sources = {name.partition("/")[2]: value for name, value in values.items() if name.partition("/")[0] == "epoch"}
+    return "  epoch " + ", ".join(f"{name} {value:.2f}".strip() for name, value in sources.items()) if sources else ""
+
+
+def _json(values: dict[str, float]) -> bytes:
+    """A line of JSON, which has no infinity and no NaN."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+
+
+def _append(file: BinaryIO, line: bytes, instead_of: bytes = b"") -> None:
+    """Writes a line at the end, over what stands there, whole or not at all."""
+    start = file.seek(-len(instead_of), os.SEEK_END)
+    try:
+        while line:  # unbuffered, so that nothing is left for later; a disk that fills up takes a part
+            line = line[file.write(line) :]
+    except OSError:
+        file.truncate(start)
+        file.seek(start)
+        file.write(instead_of)
+        raise
+
+
+def _open_at(path: Path, step: int) -> BinaryIO:
+    """Opens a file of JSON lines for appending, without the lines of later steps, or one cut off by a kill.
+
+    Lines damaged otherwise are left out, and named.
+    """
+    damaged: list[int] = []
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as kept:
+        for number, line in enumerate(path.open("rb") if path.exists() else (), start=1):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+                    kept.write(line.rstrip(b"\n") + b"\n")
+            except (ValueError, KeyError, TypeError):
+                damaged += [number] if line.endswith(b"\n") else []
     temporary.replace(path)
-    return path.open("a")
+    if damaged:
+        say(f"{path}: left out {len(damaged)} lines that hold no step, line {damaged[0]} first.")
+    return path.open("r+b", buffering=0)

@@ -32,7 +32,8 @@ def made_up_batch(config: Config, vocabulary: Vocabulary, positions: Tensor) -> 
     used = 3 + _draw(positions, 2, 1) % (length - 2)
     text = torch.where(place == 0, CLS, torch.where(place < used, pieces, vocabulary.pad))
     masked_positions = (1 + torch.arange(slots, device=positions.device)).clamp(max=length - 2).expand(len(text), -1)
-    hidden = masked_positions < used - (positions % 3 == 0).long()[:, None]
+    last_is_unused = (positions % 3 == 0)[:, None] & (torch.arange(slots, device=positions.device) == slots - 1)
+    hidden = (masked_positions < used - 1) & ~last_is_unused
     return {
         "images": images.to(torch.uint8),
         "text": text,

@@ -1,42 +1,73 @@
 """Training from beginning to end. Reads as the table of contents of the toolkit."""
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
+from data_pipelines.errors import UserError
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
+from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
+from pretrain.errors import ConfigError
+from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
+from pretrain.run_folder import claim
+from pretrain.stopping import Stop
 from pretrain.trainer import Trainer
 
 
-def main(config_path: Path, overrides: Sequence[str]) -> None:
-    """Trains what the config describes, on the processes that torchrun started."""
+def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
+    """Trains what the config describes, on the processes that torchrun started.
+
+    Raises:
+        Interrupted: told to stop before there was anything to save.
+        UserError: whatever else ends a run.
+    """
     config = load_config(config_path, overrides)
-    mesh = start_mesh(config.engine)
+    with stop.interrupting():
+        mesh = start_mesh(config.engine)
+        lock = claim_folder(config, mesh)
 
-    data, heldout = open_data(config, mesh)
+        data, heldout = open_data(config, mesh)
 
-    engine = build_engine(
-        config,
-        mesh,
-        vocabulary=data.tokenizer.vocab_size,
-        pad_id=data.tokenizer.pad_id,
-        micro_batch_per_rank=data.micro_batch_per_rank,
-    )
+        engine = build_engine(
+            config,
+            mesh,
+            vocabulary=Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id),
+            micro_batch_per_rank=data.micro_batch_per_rank,
+        )
 
-    trainer = Trainer(config, mesh, engine, data, heldout)
-    stop_on_signal(trainer)
-    trainer.resume()
+        trainer = Trainer(config, mesh, engine, data, heldout, stop)
+        trainer.resume()
+
     trainer.fit()
 
     stop_mesh()
+    if lock:
+        lock.close()
+
+
+def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
+    """Locks the run's folder, on the main process; on all of them, refuses a folder that another job uses."""
+    lock = problem = None
+    if mesh.is_main:
+        try:
+            lock = claim(config.output)
+        except UserError as error:
+            problem = error
+    if problem := mesh.world.from_first(problem):
+        raise problem
+    return lock
 
 
 def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | None]:
-    """The training shards as this rank reads them, and the held-out ones if there are any."""
+    """The training shards as this rank reads them, and the held-out ones, looked at once, if there are any.
+
+    Raises:
+        UserError: what is there cannot be used, or does not divide over the processes.
+    """
     masked_lm = config.objectives.masked_lm
     common = {
         "image_size": config.model.image.size,
@@ -44,6 +75,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         "mask_probability": masked_lm.probability if masked_lm else 0.15,  # masks are made, and not looked at
         "seed": config.seed,
     }
+    if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world, 2).has_begun()):
+        check_ranks(config, mesh)
     data = TrainingData(
         config.data,
         global_batch=config.training.global_batch,
@@ -52,14 +85,23 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         dp_size=mesh.dp.size,
         **common,
     )
-    return data, HeldoutData(config.data, **common) if config.data.heldout else None
+    if config.data.heldout is None:
+        return data, None
+    heldout = HeldoutData(config.data, **common)
+    heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
+    return data, heldout
 
 
-def stop_on_signal(trainer: Trainer) -> None:
-    """Ctrl-C, and SIGTERM, which a launcher and Slurm send, end the run after the current step, saved."""
-
-    def request(number: int, frame: object) -> None:
-        trainer.stop_requested = True
-
-    signal.signal(signal.SIGTERM, request)
-    signal.signal(signal.SIGINT, request)
+def check_ranks(config: Config, mesh: Mesh) -> None:
+    """Refuses a number of processes that would need another batch or grain than a run has begun with."""
+    training, grain = config.training, config.data.grain
+    grains, rest = divmod(training.global_batch, training.accumulation * grain)
+    if rest or grains % mesh.dp.size == 0:
+        return
+    per_replica = mesh.world.size // mesh.dp.size
+    *some, last = [str(ranks * per_replica) for ranks in range(1, grains + 1) if grains % ranks == 0]
+    raise ConfigError(
+        f"The run in {config.output} has begun, and a step of it ({training.global_batch:,} samples / "
+        f"training.accumulation {training.accumulation} = {grains} grains of {grain}) does not divide over "
+        f"{mesh.world.size} processes: use {', '.join(some)}{' or ' if some else ''}{last} processes."
+    )

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from data_pipelines.batch import Batch
@@ -14,16 +15,19 @@ from data_pipelines.budget import BadSampleBudget
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
 from data_pipelines.mixture import DataState
+from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.models.flow import OBJECTIVES
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.mesh import Mesh
-from pretrain.retrieval import recall
+from pretrain.run_folder import keep_config, keep_tokenizer
+from pretrain.screen import say
+from pretrain.stopping import Interrupted, Stop
+from pretrain.validation import AbandonedError, validate
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
 
@@ -32,9 +36,10 @@ class Trainer:
     """One run, from a fresh start or a checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None
+        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None, stop: Stop
     ) -> None:
         self.config = config
+        self.stop = stop
         self.mesh = mesh
         self.engine = engine
         self.data = data
@@ -47,12 +52,12 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
-        self.stop_requested = False  # a signal handler sets it; all ranks stop after the same step
-        sections = {name: getattr(config.objectives, name) for name in OBJECTIVES}
-        self.weights = {name: section.weight for name, section in sections.items() if section}
+        self.saved_step: int | None = None
+        self.looked_for_negatives = self.lacks_negatives = False
+        self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
-        temperature = saved.get("align.temperature.log_scale")
+        temperature = saved.get("temperature.log_scale")
         self.log_scale = temperature.tensors["master"] if temperature else None
 
     def resume(self) -> None:
@@ -81,11 +86,13 @@ class Trainer:
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = run["step"]
+        self.step = self.saved_step = run["step"]
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {ranks} ranks, at step {self.step}.")
+        if changed := list(changes(run["config"], self.config.model_dump(mode="json"))):
+            self._say(f"Changed since step {self.step}: {'; '.join(changed)}.")
 
     def fit(self) -> None:
         """Trains until `training.steps`, saving, evaluating and reporting on the way.
@@ -100,41 +107,74 @@ class Trainer:
         if self.step >= training.steps:
             self._say(f"Nothing to do: step {self.step} of training.steps {training.steps} is reached.")
             return
-        if self.mesh.is_main:
-            self.metrics = Metrics(self.config, self.step)
-            self.metrics.describe(self.config, self._facts())
-
+        self._begin()
         try:
             batches = self.data.batches(self.data_state)
             while self.step < training.steps:
-                stop = self._train_step(batches)
+                clock = Clock()
+                self._train_step(self._next_step(batches, clock), clock)
                 last = self.step == training.steps
-                if self.heldout and not stop and (self.step % training.evaluate_every == 0 or last):
+                if self.step % checkpoint.every == 0 or last:
+                    self._save(must=last)
+                if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
-                if self.step % checkpoint.every == 0 or last or stop:
-                    self._save(must=last or stop)
-                if stop and not last:
-                    raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
         finally:
             if self.metrics:
                 self.metrics.close()
 
-    def _train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step and its report. Returns whether any rank was told to stop."""
+    def _begin(self) -> None:
+        """Says what will be done, and keeps what the run's folder has to hold."""
+        here = sum(f.tensors["master"].numel() for f in self.engine.fragments() if f.saved_here)
+        parameters = int(self.mesh.world.sum(torch.tensor(here, device=self.mesh.device)))
+        if not self.mesh.is_main:
+            return
+        for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step):
+            say(line)
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        keep_config(self.config.output, text, self.step)
+        keep_tokenizer(self.config.output, self.config.data.tokenizer)
+        self.metrics = Metrics(self.config, self.step)
+        self.metrics.describe(text, facts(self.config, self.mesh, self.data, parameters))
+
+    def _next_step(self, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
+        """This rank's micro-batches of the next step, once every rank has its own.
+
+        Raises:
+            StoppedError: a rank was told to stop, be it while it waited for them; the state is saved.
+            Interrupted: the same, before there was any.
+        """
+        micro_batches: list[Batch] = []
+        try:
+            with clock.waiting(), self.stop.interrupting():
+                micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
+        except Interrupted:
+            pass
+        if self.mesh.world.sum(torch.tensor(int(self.stop.requested), device=self.mesh.device)):
+            if self.step == 0:
+                raise Interrupted
+            if self.saved_step != self.step:
+                self._save(must=True)
+            raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
+        return [batch.to(self.mesh.device) for batch in micro_batches]
+
+    def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> None:
+        """One optimizer step and its report."""
         training = self.config.training
-        clock = Clock()
-        with clock.waiting():
-            micro_batches = [next(batches).to(self.mesh.device) for _ in range(training.accumulation)]
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
-        result = self.engine.step(micro_batches, rate)
+        result = self.engine.step([batch.tensors() for batch in micro_batches], rate)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
-        batch_id, stop = self._take_stock(micro_batches)
+        batch_id = self._take_stock(micro_batches)
+        objectives = self._by_objective(result.losses, result.counts)
+        nothing_to_tell = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
+        if self.config.objectives.contrastive and (nothing_to_tell or not self.looked_for_negatives):
+            self._look_for_negatives(micro_batches)
         temperature = self._temperature()
         step_s, data_wait_share = clock.read()
         if self.metrics:
             values = {
-                **self._by_objective(result.losses, result.counts),
+                **objectives,
+                **{f"metric/{name}": value for name, value in result.metrics.items()},
                 "learning_rate": rate,
                 "gradient_norm": result.gradient_norm,
                 "temperature": temperature,
@@ -151,18 +191,12 @@ class Trainer:
             if self.step % training.log_every == 0 or self.step == training.steps:
                 self._say(self.metrics.line(self.step, values))
         self._watch_health(result)
-        return stop
 
-    def _take_stock(self, micro_batches: Sequence[Batch]) -> tuple[int, bool]:
-        """Counts bad samples, with the other ranks.
-
-        Returns:
-            The id of the global batch, the same on any layout, and whether any rank was told to stop.
-        """
+    def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
+        """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
         ids = sum(int(batch.image_ids.sum()) for batch in micro_batches) % 2**63
         bad = [sample for batch in micro_batches for sample in batch.bad]
         total_id, total_bad = self.mesh.dp.sum(torch.tensor([ids, len(bad)], device=self.mesh.device)).tolist()
-        stop = self.mesh.world.sum(torch.tensor(int(self.stop_requested), device=self.mesh.device)).item()
         if total_bad:  # rare: every rank learns all of them, so that the one that prints can name them
             bad = [sample for samples in self.mesh.dp.gather_objects(bad) for sample in samples]
             for sample in bad:
@@ -170,7 +204,7 @@ class Trainer:
             if self.metrics:
                 self.metrics.bad_samples(self.step, bad)
         self.bad_samples.add(bad, self.config.training.global_batch)
-        return total_id % 2**53, bool(stop)  # 2**53: what every reader of JSON takes for an integer
+        return total_id % 2**53  # 2**53: what every reader of JSON takes for an integer
 
     def _epochs(self) -> dict[str, float]:
         epochs = self.data.epochs(self.data_state)
@@ -199,48 +233,50 @@ class Trainer:
                 f"again to go on from the checkpoints in {self.store.folder}."
             )
 
-    def _evaluate(self, heldout: HeldoutData) -> None:
-        """Losses, accuracies and retrieval on held-out data, by the forward pass of training.
+    def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
+        """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
+        ids = [torch.stack([batch.image_ids, batch.caption_ids]).cpu() for batch in micro_batches]
+        contrastive = self.config.objectives.contrastive
+        if contrastive and contrastive.negatives == "global_batch":
+            ids = [torch.cat(ids, dim=1)]
+        everyone = [torch.cat(parts, dim=1) for parts in zip(*self.mesh.dp.gather_objects(ids), strict=True)]
+        self.looked_for_negatives = True
+        self.lacks_negatives = not any(has_negatives(*parts) for parts in everyone)
+        if self.lacks_negatives:
+            samples = everyone[0].shape[1]
+            fix = (
+                "all of them share their image or their caption; look at them with `python -m data_pipelines inspect`"
+                if samples > 1
+                else "lower training.accumulation, or set objectives.contrastive.negatives=global_batch"
+            )
+            self._say(
+                f"step {self.step}: no contrastive negative is left where {samples} samples are compared, "
+                f"so that the contrastive objective teaches nothing: {fix}."
+            )
 
-        Retrieval counts each sample once. Losses and accuracies are means over whole micro-steps, of which the last
-        wraps around: `python -m pretrain evaluate` has the figures that depend on no layout.
-        """
-        losses, counts, rows = torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), []
-        for batch in heldout.batches(
-            self.data.micro_batch_per_rank, dp_rank=self.mesh.dp.rank, dp_size=self.mesh.dp.size
-        ):
-            output = self.engine.evaluate(batch.to(self.mesh.device))
-            losses, counts = losses + output.losses.cpu(), counts + output.counts.cpu()
-            embeddings = (output.image_embeddings.cpu(), output.text_embeddings.cpu())
-            rows.append((batch.positions, batch.caption_ids, *embeddings))
-        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-        gathered = [torch.cat(parts) for parts in zip(*self.mesh.dp.gather_objects(columns), strict=True)]
-        losses, counts = self.mesh.dp.mean(losses / len(rows)), self.mesh.dp.sum(counts)
+    def _evaluate(self, heldout: HeldoutData) -> None:
+        """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
+        try:
+            found = validate(self.engine, self.mesh, heldout, self.data.micro_batch_per_rank, self.stop)
+        except AbandonedError as error:
+            why = str(error) or "told to stop."
+            self._say(f"The evaluation after step {self.step} was given up: {why}")
+            return
         if not self.metrics:
             return
-        positions, captions, images, texts = gathered
-        place = torch.empty(len(heldout), dtype=torch.int64)
-        place[positions] = torch.arange(len(positions))  # one row a sample: the last batches wrap around
-        captions, similarity = captions[place], images[place] @ texts[place].T  # (image, text)
-        relevant = captions[:, None] == captions[None, :]
-        values = self._by_objective(losses, counts)
-        values |= {f"text_to_image_R@{k}": value for k, value in recall(similarity.T, relevant).items()}
-        values |= {f"image_to_text_R@{k}": value for k, value in recall(similarity, relevant).items()}
-        self.metrics.scalars(self.step, {f"heldout/{name}": value for name, value in values.items()})
-        accuracies = (f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights)
-        self._say(
-            f"held out after step {self.step}: loss {values['loss']:.4f}, text-to-image R@1 "
-            f"{values['text_to_image_R@1']:.3f} of {len(captions)}, {', '.join(accuracies)}"
-        )
+        values = self._by_objective(found.losses, found.counts) | found.retrieval
+        self.metrics.heldout(self.step, values)
+        figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
+        if found.retrieval:
+            figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")
+        self._say(f"held out after step {self.step}: loss {values['loss']:.4f}, {', '.join(figures)}")
 
-    def _by_objective(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
+    def _by_objective(self, losses: dict[str, float], counts: dict[str, tuple[int, int]]) -> dict[str, float]:
         """The losses and accuracies of the objectives that are on, and the weighted sum."""
-        loss = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
-        count = dict(zip(OBJECTIVES, counts.tolist(), strict=True))
         return {
-            "loss": sum(weight * loss[name] for name, weight in self.weights.items()),
-            **{f"loss/{name}": loss[name] for name in self.weights},
-            **{f"accuracy/{name}": count[name][0] / max(count[name][1], 1) for name in self.weights},
+            "loss": sum(weight * losses[name] for name, weight in self.weights.items()),
+            **{f"loss/{name}": loss for name, loss in losses.items()},
+            **{f"accuracy/{name}": right / max(asked, 1) for name, (right, asked) in counts.items()},
         }
 
     def _save(self, must: bool) -> None:
@@ -249,7 +285,7 @@ class Trainer:
             self.metrics.flush()
         problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
         if problem is None:
-            self.failed_saves = 0
+            self.failed_saves, self.saved_step = 0, self.step
             self._say(f"Saved step {self.step} in {self.store.folder}.")
             return
         self.failed_saves += 1
@@ -278,15 +314,12 @@ class Trainer:
             "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "ranks": self.mesh.world.size,
-            "data x tensor x pipeline parallel": f"{self.mesh.dp.size} x {self.mesh.tp.size} x {self.mesh.pp.size}",
-            "micro-batch per rank": self.data.micro_batch_per_rank,
-            **{f"samples of {source.name}": source.manifest.samples for source in self.data.sources},
-            "device": str(self.mesh.device),
-        }
-
     def _say(self, text: str) -> None:
         if self.mesh.is_main:
-            print(text, flush=True)
+            say(text)
+
+
+def has_negatives(image_ids: Tensor, caption_ids: Tensor) -> bool:
+    """Whether any two of G samples differ in both image and caption. (G,), (G,)."""
+    # If one differs from the first in its image alone and one in its caption alone, these two differ in both.
+    return bool((image_ids != image_ids[0]).any() and (caption_ids != caption_ids[0]).any())

@@ -11,6 +11,9 @@ checkpoints/.tmp-step-...       in flight; swept at the next start
 checkpoints/quarantine/         what failed verification, with the reason
 checkpoints/LATEST              a hint for people, never read
 ```
+A checkpoint is a folder under the name that `save` gives to the step of its own run.json. Whatever else lies there,
+copies included, is neither read nor deleted.
+
 Only safetensors and JSON: nothing here can run code when it is loaded.
 """
 
@@ -18,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable
@@ -25,11 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.fragments import Written, merge_index, read_fragments, write_fragments
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import Axis
+from pretrain.screen import say
 
-PREFIX = "step-"
+_NAME = re.compile(r"step-(\d{9,})")
+_IN_FLIGHT = re.compile(r"\.tmp-step-\d{9,}-[0-9a-f]+")
+_OUR_OTHERS = {"quarantine", "LATEST"}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 class CheckpointStore:
@@ -71,27 +82,55 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
         return self.world.from_first(problem)
 
-    def newest_valid(self, quarantine: bool = True) -> Path | None:
+    def has_begun(self) -> bool:
+        """Whether the run has saved before."""
+        return bool(self._contents()[0])
+
+    def newest_valid(self, quarantine: bool = True, step: int | None = None) -> Path | None:
         """The newest checkpoint whose every byte is what was written, or None in a run that has none.
 
-        A bad one is moved to `quarantine/` with the reason, and the next is tried. A reader beside a live run does
-        not move anything: what it finds incomplete may just be going.
+        A bad one is moved to `quarantine/` with the reason, and the next is tried.
+
+        Args:
+            quarantine: False for a reader beside a live run, who moves nothing: what it finds incomplete may just be
+                going.
+            step: only the checkpoint of this step will do.
 
         Raises:
-            CheckpointError: there are checkpoints, and none is valid. Never a silent fresh start.
+            CheckpointError: there are checkpoints, and none is valid, or none is of that step. Never a silent fresh
+                start.
         """
-        names = self.world.from_first(self._names() if self.is_main else None)
-        for name in reversed(names):
+        steps, others = self.world.from_first(self._contents() if self.is_main else None)
+        if step is not None and step not in steps:
+            there = f"those there are of {', '.join(map(str, steps))}" if steps else "there is none"
+            raise CheckpointError(f"No checkpoint of step {step} in {self.folder}: {there}.")
+        problems: list[str] = []
+        for candidate in reversed(steps if step is None else [step]):
+            name = _name(candidate)
             problem = self._verify(self.folder / name)
             if problem is None:
                 return self.folder / name
+            problems.append(f"{name}: {problem}")
             if self.is_main and quarantine:
-                self._quarantine(name, problem)
+                try:
+                    self._quarantine(name, f"is not whole ({problem})")
+                except OSError as error:
+                    raise StorageError(
+                        f"The checkpoint {self.folder / name} is not whole ({problem}), and cannot be "
+                        f"moved away ({_in_words(error)}): mend the disk, or remove it."
+                    ) from None
         reasons = self.folder / "quarantine"
-        if names or self.world.from_first(reasons.is_dir()):  # also one that an earlier start filled
+        if problems or self.world.from_first(reasons.is_dir()):  # also one that an earlier start filled
+            why = f"the reasons are in {reasons}" if quarantine or not problems else "; ".join(problems)
             raise CheckpointError(
-                f"No checkpoint in {self.folder} is valid: the reasons are in {reasons}. Restore a checkpoint from a "
+                f"No checkpoint in {self.folder} is valid: {why}. Restore a checkpoint from a "
                 f"copy, or start a new run with another output folder."
+            )
+        if copies := self.world.from_first([name for name in others if self._is_committed(name)]):
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(copies)}, but nothing under the name of a checkpoint: rename one to "
+                f"step-NNNNNNNNN, the step of its run.json in nine digits, to go on from it, or choose another output "
+                f"folder."
             )
         return None
 
@@ -100,13 +139,17 @@ class CheckpointStore:
         read_fragments(checkpoint, fragments)
 
     def sweep(self) -> None:
-        """Removes what an interrupted save left behind."""
-        if self.is_main and self.folder.is_dir():
-            for leftover in self.folder.glob(".tmp-*"):
+        """Removes what an interrupted save left behind, and names what is no checkpoint of this run."""
+        if not (self.is_main and self.folder.is_dir()):
+            return
+        for leftover in self.folder.iterdir():
+            if _IN_FLIGHT.fullmatch(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
+        if others := self._contents()[1]:
+            say(f"Left alone in {self.folder}, as no checkpoints of this run: {', '.join(others)}.")
 
     def _begin(self, step: int, total: int) -> tuple[Path, str | None]:
-        temporary = self.folder / f".tmp-{PREFIX}{step:09d}-{uuid.uuid4().hex[:8]}"
+        temporary = self.folder / f".tmp-{_name(step)}-{uuid.uuid4().hex[:8]}"
         try:
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -121,7 +164,7 @@ class CheckpointStore:
         return temporary, None
 
     def _commit(self, temporary: Path, step: int, parts: list[Written], run: dict[str, Any]) -> str | None:
-        final = self.folder / f"{PREFIX}{step:09d}"
+        final = self.folder / _name(step)
         manifest = {part.file: {"bytes": part.bytes, "sha256": part.sha256} for part in parts}
         try:
             for name, content in (("index.json", merge_index(parts)), ("run.json", {**run, "step": step})):
@@ -132,14 +175,17 @@ class CheckpointStore:
             _write_durably(temporary / "MANIFEST.json", text)
             _write_durably(temporary / "COMMIT", hashlib.sha256(text.encode()).hexdigest())
             _fsync_folder(temporary)
+            if final.exists():  # a copy of another step under this one's name
+                self._quarantine(final.name, f"is of another step than {step}, which is saved under this name")
             temporary.rename(final)
             _fsync_folder(self.folder)
         except OSError as error:
             return _in_words(error)
         with contextlib.suppress(OSError):  # it is there already; the hint may be old
             _write_durably(self.folder / "LATEST", final.name)
-        for name in self._names()[: -self.keep]:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        older = [saved for saved in self._contents()[0] if saved < step]
+        for saved in older[: len(older) + 1 - self.keep]:
+            shutil.rmtree(self.folder / _name(saved), ignore_errors=True)
         return None
 
     def _verify(self, checkpoint: Path) -> str | None:
@@ -151,23 +197,42 @@ class CheckpointStore:
         problems = [why for name in share if (why := _check_file(checkpoint / name, manifest[name]))]
         return next((why for found in self.world.gather_objects(problems) for why in found), None)
 
-    def _names(self) -> list[str]:
-        """Committed checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(entry.name for entry in self.folder.iterdir() if entry.name.startswith(PREFIX))
+    def _contents(self) -> tuple[list[int], list[str]]:
+        """The steps of the committed checkpoints, ascending, and the names of whatever else lies there."""
+        steps, others = [], []
+        for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            match = _NAME.fullmatch(entry.name)
+            if match and _name(int(match[1])) == entry.name and entry.is_dir() and not _is_of_another_step(entry):
+                steps.append(int(match[1]))
+            elif entry.name not in _OUR_OTHERS and not entry.name.startswith("."):
+                others.append(entry.name)
+        return sorted(steps), others
+
+    def _is_committed(self, name: str) -> bool:
+        return (self.folder / name / "COMMIT").is_file()
 
     def _quarantine(self, name: str, problem: str) -> None:
         target = self.folder / "quarantine" / f"{name}-{uuid.uuid4().hex[:8]}"
         target.parent.mkdir(exist_ok=True)
         (self.folder / name).rename(target)
         target.with_suffix(".reason.txt").write_text(problem + "\n")
-        print(f"The checkpoint {name} is not whole ({problem}); it is now {target}.", flush=True)
+        say(f"The checkpoint {name} {problem}; it is now {target}.")
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `run`, and the step."""
     return json.loads((checkpoint / "run.json").read_text())
+
+
+def _is_of_another_step(checkpoint: Path) -> bool:
+    """Whether its run.json is whole and says another step than its name: someone's copy. Damage is no such thing."""
+    try:
+        text = (checkpoint / "run.json").read_bytes()
+        manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+        whole = manifest["run.json"]["sha256"] == hashlib.sha256(text).hexdigest()
+        return whole and _name(json.loads(text)["step"]) != checkpoint.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _read_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:

@@ -28,7 +28,7 @@ FUSED = Rows("fused", {"pairs": 3, "masked": 1})
 def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Architecture:
     """The configured model's layers and objectives."""
     model, objectives = config.model, config.objectives
-    assert model.fusion and objectives.contrastive
+    assert model.fusion
     width, stack = model.text.width, model.text.depth + model.fusion.depth
     block = partial(Block, width, model.fusion.heads, stack=stack, memory_width=model.image.width)
     layers = [

@@ -8,8 +8,10 @@ from pretrain.errors import ConfigError
 from pretrain.models.layer import Architecture, Groups, WiringError, check
 from pretrain.models.towers import Vocabulary
 
+ALONE = Groups()
 
-def architecture_of(config: Config, vocabulary: Vocabulary, groups: Groups = Groups()) -> Architecture:
+
+def architecture_of(config: Config, vocabulary: Vocabulary, groups: Groups = ALONE) -> Architecture:
     """The configured architecture, checked.
 
     Args:
@@ -21,8 +23,8 @@ def architecture_of(config: Config, vocabulary: Vocabulary, groups: Groups = Gro
         ConfigError: its layers do not hang together, as when a layer leads to no objective that is on.
     """
     name = config.model.architecture
-    found = import_module(ARCHITECTURES[name].module).architecture(config, vocabulary, groups)
     try:
+        found = import_module(ARCHITECTURES[name].module).architecture(config, vocabulary, groups)
         check(found, COLUMNS)
     except WiringError as error:
         raise ConfigError(f"model.architecture {name}: {error}.") from None

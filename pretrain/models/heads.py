@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.collectives import Group, share_of
 from pretrain.config import Config, ContrastiveConfig, ObjectivesConfig
-from pretrain.models.layer import COUNTS, LOSS, Layer, Objective
+from pretrain.models.layer import COUNTS, LOSS, Layer, Objective, WiringError
 from pretrain.models.towers import ImageProject, TextProject
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import masked_lm_loss
@@ -59,12 +59,18 @@ class ContrastiveHead(nn.Module):
         self.group = group
 
     def forward(
-        self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor, log_scale: Tensor, *bias: Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        caption_ids: Tensor,
+        log_scale: Tensor,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, E) embeddings, (B,) ids, (1,) log of the inverse temperature and, of the sigmoid loss, (1,) bias."""
         identity = Identity(image_ids, caption_ids)
-        if bias:
-            return sigmoid_loss(image, text, log_scale, *bias, identity, self.group)
+        if bias is not None:
+            return sigmoid_loss(image, text, log_scale, bias, identity, self.group)
         return contrastive_loss(image, text, log_scale, identity, self.group)
 
 
@@ -110,7 +116,8 @@ class MaskedLMHead(nn.Module):
 def contrast(config: Config, tokens: str, group: Group) -> list[Layer]:
     """From `image_tokens` and captions' tokens, which are named, to embeddings and the contrastive loss."""
     model, contrastive = config.model, config.objectives.contrastive
-    assert contrastive
+    if contrastive is None:
+        raise WiringError("its embeddings need objectives.contrastive, which is off: switch it on")
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [

@@ -37,7 +37,9 @@ class Rows(NamedTuple):
     """Rows per sample of each kind, in their order."""
 
     def spans(self, rows: int, kinds: Sequence[str]) -> Spans:
-        """Where each of `kinds`, which share `rows` rows, lies."""
+        """Where each of `kinds`, which share `rows` rows, lies. Of a kind by itself there may be any number."""
+        if len(kinds) == 1:
+            return {kinds[0]: slice(0, rows)}
         unit = rows // sum(self.kinds[kind] for kind in kinds)
         borders = accumulate((unit * self.kinds[kind] for kind in kinds), initial=0)
         return {kind: slice(*ends) for kind, ends in zip(kinds, pairwise(borders), strict=True)}
@@ -220,13 +222,18 @@ def check(architecture: Architecture, columns: Collection[str]) -> None:
         WiringError: the first layer that does not fit, and the way out.
     """
     brought = {*columns, *(TARGETS + objective.name for objective in architecture.objectives)}
+    writers = {name: layer.name for layer in architecture.layers for name in layer.writes}
     known = brought | architecture.handed_on
     for layer, _, reads, _ in architecture.calls:
         for name in sorted(reads - known):
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)
+            if name in writers:
+                raise WiringError(
+                    f"layer {layer.name} reads {name}, which {writers[name]} writes only behind it: move it"
+                )
+            near = difflib.get_close_matches(name, sorted({*columns, *writers}), n=1, cutoff=0)
             raise WiringError(
-                f"layer {layer.name} reads {name}, which no layer before it writes and no column of the data brings; "
-                f"the nearest name that there is is {near[0]}"
+                f"layer {layer.name} reads {name}, which no layer writes and no column of the data brings; the nearest "
+                f"name that there is is {near[0]}"
             )
         if taken := set(layer.writes) & brought:
             raise WiringError(f"layer {layer.name} writes {min(taken)}, which a column of the data brings: rename it")

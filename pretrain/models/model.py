@@ -37,7 +37,7 @@ class Model(nn.Module):
 
     def forward(self, have: Flow, stand_ins: StandIns | None = None) -> Report:
         """One pass for every objective."""
-        return self.report(self.run(self.architecture.reports, have, stand_ins))
+        return report(self.architecture, self.run(self.architecture.reports, have, stand_ins))
 
     def has(self, layer: Layer) -> bool:
         """Whether a layer of the architecture is here."""
@@ -87,13 +87,14 @@ class Model(nn.Module):
                 del flow[name]
         return flow
 
-    def report(self, flow: Flow) -> Report:
-        """The weighted sum and its parts, of a flow that has them."""
-        losses = torch.stack([flow[LOSS + objective.name].float() for objective in self.architecture.objectives])
-        metrics = [flow[name].detach().float().reshape(()) for name in self.architecture.metrics]
-        weights = losses.new_tensor([objective.weight for objective in self.architecture.objectives])
-        return Report(
-            loss=(weights * losses).sum(),
-            figures=torch.cat([losses.detach(), torch.stack(metrics)]) if metrics else losses.detach(),
-            counts=torch.stack([flow[COUNTS + objective.name] for objective in self.architecture.objectives]),
-        )
+
+def report(architecture: Architecture, flow: Flow) -> Report:
+    """The weighted sum and its parts, of a flow that has them."""
+    losses = torch.stack([flow[LOSS + objective.name].float() for objective in architecture.objectives])
+    metrics = [flow[name].detach().float().reshape(1) for name in architecture.metrics]
+    weights = losses.new_tensor([objective.weight for objective in architecture.objectives])
+    return Report(
+        loss=(weights * losses).sum(),
+        figures=torch.cat([losses.detach(), *metrics]),
+        counts=torch.stack([flow[COUNTS + objective.name] for objective in architecture.objectives]),
+    )

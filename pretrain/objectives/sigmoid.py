@@ -22,8 +22,8 @@ def sigmoid_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of "does caption j belong to image i?", summed over all G captions, mean over this rank's B images.
 
-    The gradient is that of the mean over ranks once an engine has averaged over them, as for `all_gather_with_gradient`,
-    and takes for granted that all ranks weigh this loss alike.
+    The gradient is that of the mean over ranks once an engine has averaged over them, as for
+    `all_gather_with_gradient`, and takes for granted that all ranks weigh this loss alike.
 
     Args:
         image_BE, text_BE: float32, unit-length embeddings of matching pairs.

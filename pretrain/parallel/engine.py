@@ -45,17 +45,17 @@ def totals(architecture: Architecture, reports: Sequence[Report], mesh: Mesh) ->
     return mesh.dp.mean(mesh.pp.sum(figures)), mesh.dp.sum(mesh.pp.sum(counts))
 
 
-def step_result(architecture: Architecture, figures: Tensor, counts: Tensor, norm: float, applied: bool) -> StepResult:
-    """A step under the names of what its `totals` are."""
+def by_name(
+    architecture: Architecture, figures: Tensor, counts: Tensor
+) -> tuple[dict[str, float], dict[str, tuple[int, int]], dict[str, float]]:
+    """Losses, counts and metrics under their names, of what `totals` says."""
     names = [objective.name for objective in architecture.objectives]
     metrics = [name.removeprefix(METRIC) for name in architecture.metrics]
     values = figures.tolist()
-    return StepResult(
-        losses=dict(zip(names, values, strict=False)),
-        counts={name: (right, asked) for name, (right, asked) in zip(names, counts.tolist(), strict=True)},
-        metrics=dict(zip(metrics, values[len(names) :], strict=True)),
-        gradient_norm=norm,
-        applied=applied,
+    return (
+        dict(zip(names, values, strict=False)),
+        {name: (right, asked) for name, (right, asked) in zip(names, counts.tolist(), strict=True)},
+        dict(zip(metrics, values[len(names) :], strict=True)),
     )
 
 

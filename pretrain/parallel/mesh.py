@@ -127,7 +127,7 @@ def start_mesh(engine: EngineConfig) -> Mesh:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_launched():
         # A rank whose launcher is killed would train on by itself, and write where the next start writes.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if "RANK" not in os.environ:  # DeepSpeed wants a process group even for one process
@@ -140,6 +140,11 @@ def start_mesh(engine: EngineConfig) -> Mesh:
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
     return make_mesh(world, device, engine)
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def stop_mesh() -> None:

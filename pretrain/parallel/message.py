@@ -1,4 +1,4 @@
-"""Tensors on their way to another stage of a pipeline: one message, and one of the same size with its gradient comes back.
+"""Tensors on their way to another stage of a pipeline, as one message; a gradient of the same size comes back.
 
 DeepSpeed's pipeline runs a backward pass for each floating tensor that it has sent, over the same graph, and wants a
 gradient for each. So what crosses a border travels as a single tensor: the bytes of all of it, laid end to end.

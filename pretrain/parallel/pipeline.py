@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.models.layer import Call, Flow, Layer
-from pretrain.models.model import Model, Report, StandIns
+from pretrain.models.model import Model, Report, StandIns, report
 from pretrain.parallel import first_pass
 from pretrain.parallel.mesh import Axis, Mesh, training_dtype
 from pretrain.parallel.message import Messages
@@ -41,10 +41,10 @@ class Stage(nn.Module):
         flow = self.advance(calls, have, received, stand_ins)
         if self.pp.rank < self.pp.size - 1:
             return self.pack(calls, have, flow)
-        report = self.model.report(flow)
-        self.reports.append(report.without_graph())
+        result = report(self.model.architecture, flow)
+        self.reports.append(result.without_graph())
         # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-        return report.loss * torch.where(report.loss.isfinite(), 1.0, torch.nan)
+        return result.loss * torch.where(result.loss.isfinite(), 1.0, torch.nan)
 
     def advance(self, calls: Sequence[Call], have: Flow, received: Tensor, stand_ins: StandIns | None = None) -> Flow:
         """The flow after this stage's layers."""

@@ -12,7 +12,7 @@ from pretrain.models.layer import Architecture, Flow, Layer
 from pretrain.models.model import Model, Report
 from pretrain.optim import build_optimizer
 from pretrain.parallel import first_pass
-from pretrain.parallel.engine import Fragment, StepResult, step_result, totals
+from pretrain.parallel.engine import Fragment, StepResult, by_name, totals
 from pretrain.parallel.mesh import Mesh, training_dtype
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.tensor import Part, build_part
@@ -75,7 +75,7 @@ class ReplicatedEngine:
             self.applied_steps += 1
             self._copy_masters_to_weights()
         self.gradients.zero_()
-        return step_result(self.architecture, figures, counts, float(norm), applied)
+        return StepResult(*by_name(self.architecture, figures, counts), float(norm), applied)
 
     def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
         self.model.eval()

@@ -16,7 +16,7 @@ from pretrain.models.layer import Architecture, Flow, Layer
 from pretrain.models.model import Model, Report
 from pretrain.optim import BoundedAdamW, build_optimizer
 from pretrain.parallel import first_pass
-from pretrain.parallel.engine import Fragment, StepResult, step_result, totals
+from pretrain.parallel.engine import Fragment, StepResult, by_name, totals
 from pretrain.parallel.mesh import TIMEOUT, Axis, Mesh, training_dtype
 from pretrain.parallel.tensor import Part, build_part
 
@@ -98,7 +98,7 @@ class ZeroEngine:
         applied = bool(self.engine.was_step_applied())
         self.applied_steps += applied
         norm = float(self.engine.get_global_grad_norm())
-        return step_result(self.architecture, *totals(self.architecture, reports, self.mesh), norm, applied)
+        return StepResult(*by_name(self.architecture, *totals(self.architecture, reports, self.mesh)), norm, applied)
 
     def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
         self.engine.eval()

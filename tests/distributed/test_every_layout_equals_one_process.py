@@ -1,31 +1,96 @@
 """Every layout takes the very steps that plain PyTorch takes in one process.
 
 Over ten steps in fp32, losses to 1e-5, gradient norms to 1e-4, right answers exactly: one global batch, one matching
-pool, all objectives of the architecture, clipping that bites.
+pool, all objectives of the architecture, clipping that bites. What one process saved, every layout loads, saves again
+to the bit, and goes on from; and it evaluates its own model.
 """
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from distributed.layouts import LAYOUTS
-from distributed.tiny import GLOBAL_NEGATIVES, assert_same_curve, engine_curve, plain_curve, tiny_config
+from distributed.tiny import (
+    ARCHITECTURES,
+    GLOBAL_NEGATIVES,
+    VOCABULARY,
+    Point,
+    assert_same_curve,
+    build,
+    engine_curve,
+    mesh_of,
+    plain_curve,
+    tiny_config,
+    tiny_engine,
+)
+from pretrain.checkpoint.fragments import read_fragments
+from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.parallel.engine import Fragment
+from pretrain.parallel.mesh import ALONE
+from pretrain.parallel.tensor import whole
+from pretrain.synthetic import made_up_batch
 
-ARCHITECTURES = {"albef": {}, "clip": {"model__architecture": "clip"}}
 STEPS, FEWER_STEPS = 10, 6
 README = Path(__file__).parents[2] / "README.md"
 RANKS = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
+WANTED = ("image_embeddings", "match_logits", "counts/masked_lm")
+
+
+def case(architecture, **changes):
+    return tiny_config(training__accumulation=2, **ARCHITECTURES[architecture].changes, **changes)
 
 
 @pytest.fixture(scope="module")
 def references():
-    """By architecture and accumulation."""
-    return {
-        (architecture, accumulation): plain_curve(tiny_config(training__accumulation=accumulation, **changes), STEPS)
-        for architecture, changes in ARCHITECTURES.items()
-        for accumulation in (1, 2)
-    }
+    """By architecture."""
+    return {name: plain_curve(case(name), STEPS) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def whole_batch():
+    """Plain PyTorch takes the whole batch at once, which needs no second pass."""
+    return plain_curve(tiny_config(training__accumulation=1), FEWER_STEPS)
+
+
+@pytest.fixture(scope="module")
+def saved(one_rank, tmp_path_factory):
+    """What one process saved after four steps."""
+    folder = tmp_path_factory.mktemp("saved")
+    one_rank.run(save, folder)
+    return folder
+
+
+def save(mesh, folder):
+    engine = tiny_engine(mesh, config := case("albef", engine__zero_stage=0))
+    engine_curve(mesh, config, 4, engine)
+    assert CheckpointStore(folder, mesh.world, keep=2).save(4, engine.fragments(), {"applied_steps": 4}) is None
+
+
+def examine(mesh, architecture, changes, saved, again) -> list[Point]:
+    """The steps of one architecture on a layout, and then those after what one process saved."""
+    config = case(architecture, **changes)
+    engine = tiny_engine(mesh, config)
+    curve = engine_curve(mesh, config, STEPS, engine)
+    if architecture == "albef":
+        store = CheckpointStore(saved, mesh.world, keep=2)
+        checkpoint = store.newest_valid()
+        store.load(checkpoint, engine.fragments())
+        engine.loaded(read_run(checkpoint)["applied_steps"])
+        CheckpointStore(again, mesh.world, keep=2).save(4, engine.fragments(), {"applied_steps": 4})
+        curve += engine_curve(mesh, config, 2, engine, first=4)
+    return curve
+
+
+def state(folder) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, whole."""
+    found = {}
+    for name, parameter in build(case("albef")).named_parameters():
+        kinds = {kind: torch.empty(parameter.numel()) for kind in ("master", "exp_avg", "exp_avg_sq")}
+        read_fragments(folder, [Fragment(name, whole(parameter), 0, kinds)])
+        found |= {f"{kind}/{name}": tensor for kind, tensor in kinds.items()}
+    return found
 
 
 def test_the_references_learn_and_are_clipped(references):
@@ -44,20 +109,43 @@ def test_the_readme_lists_these_layouts():
     assert listed == {(name, RANKS[ranks]) for name, (ranks, _) in LAYOUTS.items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_its_steps_are_those_of_one_process(request, references, layout, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    [(name, layout) for name, each in ARCHITECTURES.items() for layout in each.layouts],
+)
+def test_its_steps_are_those_of_one_process(request, references, saved, tmp_path, architecture, layout):
     ranks, changes = LAYOUTS[layout]
-    config = tiny_config(training__accumulation=2, **ARCHITECTURES[architecture], **changes)
-    for curve in request.getfixturevalue(ranks).run(engine_curve, config, STEPS):
-        assert_same_curve(curve, references[architecture, 2])
+    curves = request.getfixturevalue(ranks).run(examine, architecture, changes, saved, tmp_path)
+    for curve in curves:
+        assert_same_curve(curve[:STEPS], references[architecture])
+        assert_same_curve(curve[STEPS:], references[architecture][4 : len(curve) - STEPS + 4])
+    if architecture == "albef":
+        stored, loaded = (state(CheckpointStore(folder, ALONE, keep=2).newest_valid()) for folder in (saved, tmp_path))
+        assert [name for name, tensor in stored.items() if not torch.equal(tensor, loaded[name])] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, references, layout):
-    """Plain PyTorch takes the whole batch at once, which needs no second pass."""
+def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, whole_batch, layout):
     ranks, changes = LAYOUTS[layout]
     accumulation = 2 if ranks == "four_ranks" else 4
     config = tiny_config(training__accumulation=accumulation, **GLOBAL_NEGATIVES, **changes)
     for curve in request.getfixturevalue(ranks).run(engine_curve, config, FEWER_STEPS):
-        assert_same_curve(curve, references["albef", 1][:FEWER_STEPS])
+        assert_same_curve(curve, whole_batch)
+
+
+def evaluated(mesh, changes):
+    config = case("albef", **changes)
+    engine, dp = tiny_engine(mesh, config), mesh_of(mesh, config).dp
+    batches = [made_up_batch(config, VOCABULARY, torch.arange(8) + 8 * (dp.rank + 2 * number)) for number in range(2)]
+    return dp.rank, engine.run(WANTED, batches)
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-3 x dp 2", "ZeRO-1 x tp 2", "ZeRO-0 x pp 2", "ZeRO-1 x pp 2 x dp 2"])
+def test_it_evaluates_its_own_model_and_every_rank_gets_the_figures(request, layout):
+    ranks, changes = LAYOUTS[layout]
+    model = build(case("albef"))
+    for dp_rank, results in request.getfixturevalue(ranks).run(evaluated, changes):
+        for number, result in enumerate(results):
+            batch = made_up_batch(tiny_config(), VOCABULARY, torch.arange(8) + 8 * (dp_rank + 2 * number))
+            for name, expected in model.run(WANTED, batch).items():
+                torch.testing.assert_close(result[name], expected.detach(), rtol=1e-4, atol=1e-5, msg=name)

@@ -6,15 +6,15 @@ The sum of three gradients would hide a small one that is wrong.
 import pytest
 
 from distributed.layouts import LAYOUTS
-from distributed.tiny import DUAL_ENCODER, assert_same_curve, engine_curve, plain_curve, tiny_config
+from distributed.tiny import CLIP, assert_same_curve, engine_curve, plain_curve, tiny_config
 
 STEPS = 6
 HERE = [name for name in LAYOUTS if "ZeRO-0" in name]  # plain PyTorch: the fastest
 # The contrastive objective cannot be left out: it is weighed so lightly that the others' gradient is all there is.
 FAINT = {"objectives__contrastive__weight": 1e-7}
 OBJECTIVES = {
-    "contrastive": DUAL_ENCODER,
-    "contrastive, sigmoid": {**DUAL_ENCODER, "objectives__contrastive__loss": "sigmoid"},
+    "contrastive": CLIP,
+    "contrastive, sigmoid": {**CLIP, "objectives__contrastive__loss": "sigmoid"},
     "matching": {**FAINT, "objectives__masked_lm": None},
     "matching, pool over ranks": {**FAINT, "objectives__masked_lm": None, "objectives__matching__pool": 16},
     "masked_lm": {**FAINT, "objectives__matching": None},

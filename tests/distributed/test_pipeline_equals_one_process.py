@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from distributed.tiny import (
-    DUAL_ENCODER,
+    CLIP,
     GLOBAL_NEGATIVES,
     VOCABULARY,
     assert_same_curve,
+    build,
     engine_curve,
     mesh_of,
     micro_batches,
@@ -17,8 +18,9 @@ from distributed.tiny import (
     tiny_config,
     tiny_engine,
 )
-from pretrain.accounting.stages import stages
-from pretrain.models.architectures import layer_specs
+from pretrain.accounting.stages import cut_into_stages
+from pretrain.errors import ConfigError
+from pretrain.models.architectures import architecture_of
 
 STEPS = 6
 
@@ -40,15 +42,15 @@ def test_activation_checkpointing_changes_no_number(two_ranks, reference):
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_with_negatives_of_the_global_batch_accumulation_changes_nothing(two_ranks, zero_stage, accumulation):
-    config = pipeline(2, zero_stage, training__accumulation=accumulation, **GLOBAL_NEGATIVES, **DUAL_ENCODER)
-    reference = plain_curve(tiny_config(training__accumulation=1, **DUAL_ENCODER), STEPS)
+    config = pipeline(2, zero_stage, training__accumulation=accumulation, **GLOBAL_NEGATIVES, **CLIP)
+    reference = plain_curve(tiny_config(training__accumulation=1, **CLIP), STEPS)
     for curve in two_ranks.run(engine_curve, config, STEPS):
         assert_same_curve(curve, reference)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_matching_pools_that_lie_on_several_ranks(four_ranks, zero_stage):
-    """The stage that aligns fetches negatives from the same stage of other pipelines."""
+    """The stage that pairs up fetches negatives from the same stage of other pipelines."""
     config = pipeline(2, zero_stage, objectives__matching__pool=16)
     for curve in four_ranks.run(engine_curve, config, STEPS):
         assert_same_curve(curve, plain_curve(config, STEPS))
@@ -76,7 +78,7 @@ def first_operations(mesh, config):
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_all_ranks_of_a_pipeline_take_part_in_its_first_operation(four_ranks, zero_stage):
-    """Else NCCL waits for ever where a pass leaves out the stages behind the one that aligns."""
+    """Else NCCL waits for ever where a pass leaves out the stages behind the last one that it needs."""
     assert min(four_ranks.run(first_operations, pipeline(4, zero_stage, engine__tensor_parallel=1))) > 0
 
 
@@ -89,21 +91,27 @@ def test_a_pipeline_that_fills_equals_one_process(four_ranks, zero_stage):
 
 
 def evaluated(mesh, config):
-    """Losses, counts and embeddings of a held-out batch, on every rank."""
+    """What an evaluation says on every rank, in the midst of training."""
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, 1, engine)
     dp = mesh_of(mesh, config).dp
-    output = engine.evaluate(micro_batches(7, config, dp.rank, dp.size)[0])
+    want = ["loss/contrastive", "counts/masked_lm", "image_embeddings", "match_logits"]
+    results = engine.run(want, micro_batches(7, config, dp.rank, dp.size))
     engine_curve(mesh, config, 1, engine, first=1)  # and training goes on
-    return output
+    return results
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_every_stage_gets_what_an_evaluation_says(one_rank, two_ranks, zero_stage):
     expected = one_rank.run(evaluated, tiny_config(engine__zero_stage=0))[0]
-    for output in two_ranks.run(evaluated, pipeline(2, zero_stage)):
-        for found, wanted in zip(output, expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for results in two_ranks.run(evaluated, pipeline(2, zero_stage)):
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_more_stages_than_layers_are_refused():
+    config = pipeline(40, 1)
+    with pytest.raises(ConfigError, match=r"pipeline_parallel 40 is more than the \d+ layers of the model: set it to"):
+        cut_into_stages(config, VOCABULARY, architecture_of(config, VOCABULARY), 40)
 
 
 def stage_names(mesh, config):
@@ -113,7 +121,8 @@ def stage_names(mesh, config):
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_each_rank_holds_the_layers_of_its_stage_alone(two_ranks, zero_stage):
     config = pipeline(2, zero_stage)
-    names = [spec.name for spec in layer_specs(config, VOCABULARY)]
-    cut = [{names[index] for index in part} for part in stages(config, VOCABULARY, 2)]
-    assert two_ranks.run(stage_names, config) == cut
-    assert cut[0] | cut[1] == set(names)
+    architecture = architecture_of(config, VOCABULARY)
+    cut = [{layer.name for layer in part} for part in cut_into_stages(config, VOCABULARY, architecture, 2)]
+    held = two_ranks.run(stage_names, config)
+    assert [names <= part for names, part in zip(held, cut, strict=True)] == [True, True]
+    assert held[0] | held[1] == {name.partition(".")[0] for name, _ in build(config).named_parameters()}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from distributed.tiny import assert_same_curve, engine_curve, plain_curve, tiny_config
-from pretrain.collectives import fetch, find_route, gather, gather_with_gradient
+from pretrain.collectives import all_gather, all_gather_with_gradient, fetch, find_route
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.matching import mine_hard_negatives
 from pretrain.parallel.mesh import Mesh
@@ -69,8 +69,8 @@ def negatives(mesh, pool):
     found = mine_hard_negatives(
         image[mine], text[mine], log_scale, identity, FIRST + mine, pool, seed=0, group=mesh.dp.group
     )
-    everyone = gather(FIRST + mine, mesh.dp.group)
-    columns = (everyone[found.image_rows], everyone[found.text_rows], found.image_valid, found.text_valid)
+    everyone = all_gather(FIRST + mine, mesh.dp.group)
+    columns = (everyone[found.image_rows], everyone[found.text_rows], found.valid)
     return dict(zip((FIRST + mine).tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True))
 
 
@@ -82,7 +82,7 @@ def test_negatives_are_exactly_those_of_one_process(request, ranks, pool):
     for found in request.getfixturevalue(ranks).run(negatives, pool):
         together |= found
     assert together == alone
-    assert any(not image_valid for _, _, image_valid, _ in alone.values()) == (pool == 8)
+    assert any(not image_valid for _, _, image_valid in alone.values()) == (pool == 8)
 
 
 def fetched(mesh, dtype, wanted):
@@ -95,7 +95,7 @@ def fetched(mesh, dtype, wanted):
     ways = []
     for found in (
         fetch(rows, route, mesh.dp.group),
-        gather_with_gradient(rows, mesh.dp.group)[wanted],
+        all_gather_with_gradient(rows, mesh.dp.group)[wanted],
     ):
         rows.grad = None
         (found * weights).sum().backward()

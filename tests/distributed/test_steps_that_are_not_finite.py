@@ -25,8 +25,8 @@ def poisoned_curve(mesh, stage, pp):
 
 
 def _poison(engine):
-    return engine.model.matching_head.register_forward_hook(
-        lambda module, inputs, flow: flow._replace(losses=flow.losses + float("inf"))  # gradients stay finite
+    return engine.model.matching_loss.register_forward_hook(
+        lambda module, inputs, made: (made[0] + float("inf"), made[1])  # gradients stay finite
     )
 
 
@@ -53,7 +53,7 @@ def move_of_an_unused_layer(mesh, stage):
     start = [view.clone() for view in views]
     engine_curve(mesh, config, 1, engine)
     used = [view.clone() for view in views]
-    engine.model.masked_lm_head.forward = lambda flow: flow
+    engine.model.masked_lm_head.forward = lambda tokens, *_: (tokens.sum() * 0, torch.zeros(2, dtype=torch.int64))
     engine_curve(mesh, config, 1, engine, first=1)
     return [
         sum(float((a - b).abs().sum()) for a, b in zip(*pair, strict=True)) for pair in ((start, used), (used, views))

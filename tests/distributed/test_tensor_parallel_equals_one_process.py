@@ -35,7 +35,7 @@ def test_each_rank_holds_its_share_of_the_large_matrices(two_ranks):
         cut = {name for name, (shape, size) in parts.items() if shape != size}
         matrices = {name for name, (shape, _) in parts.items() if len(shape) == 2}
         whole = {"image_embed.project.weight", "image_embed.position", "text_embed.position"}
-        whole |= {"align.image_project.weight", "align.text_project.weight"}
+        whole |= {"image_project.project.weight", "text_project.project.weight"}
         whole |= {"matching_head.classify.weight", "masked_lm_head.transform.weight"}
         assert matrices - cut == whole
         for shape, size in map(parts.get, cut):  # the vocabulary of 61 is cut into 31 and 30

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from pretrain.config import ARCHITECTURES, SIZES, Config, EngineConfig, parse_config
+from distributed.layouts import LAYOUTS
+from pretrain import config as settings
+from pretrain.config import SIZES, Config, EngineConfig, parse_config
 from pretrain.models.architectures import architecture_of
 from pretrain.models.initial import build_layer
 from pretrain.models.layer import Flow
@@ -15,7 +17,7 @@ from pretrain.models.model import Model
 from pretrain.models.towers import Vocabulary
 from pretrain.optim import learning_rate
 from pretrain.parallel.build import build_engine
-from pretrain.parallel.engine import Engine, step_result, totals
+from pretrain.parallel.engine import Engine, by_name, totals
 from pretrain.parallel.first_pass import prepare
 from pretrain.parallel.mesh import ALONE, Axis, Mesh, make_mesh
 from pretrain.synthetic import made_up_batch
@@ -23,6 +25,17 @@ from pretrain.synthetic import made_up_batch
 VOCABULARY = Vocabulary(61)
 GRAIN = 4
 CLIP = {"model__architecture": "clip"}
+
+
+class Architecture(NamedTuple):
+    """What the equality suite runs of an architecture."""
+
+    changes: dict[str, Any]
+    layouts: Collection[str]
+
+
+SOME_LAYOUTS = ("ZeRO-3 x dp 2", "ZeRO-1 x tp 2 x dp 2", "ZeRO-1 x pp 2")
+ARCHITECTURES = {"albef": Architecture({}, LAYOUTS), "clip": Architecture(CLIP, LAYOUTS)}
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 
 
@@ -48,10 +61,10 @@ def tiny_config(**changes: Any) -> Config:
             node = node.setdefault(parent, {})
         node[leaf] = value
     architecture = tree["model"].get("architecture", "albef")
-    for name, section in ARCHITECTURES[architecture].sections(SIZES["tiny"]).items():
+    for name, section in settings.ARCHITECTURES[architecture].sections(SIZES["tiny"]).items():
         if name != "text":
             tree["model"].setdefault(name, section | {"depth": 1, "heads": 2})
-    if "matching" in ARCHITECTURES[architecture].objectives:
+    if "matching" in settings.ARCHITECTURES[architecture].objectives:
         tree.setdefault("objectives", {}).setdefault("matching", {"pool": GRAIN})
     return parse_config(tree, "tiny")
 
@@ -108,11 +121,15 @@ def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
         assert here.counts == expected.counts
 
 
+def build(config: Config) -> Model:
+    """All layers in one process, on the CPU."""
+    architecture, cpu = architecture_of(config, VOCABULARY), torch.device("cpu")
+    return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
+
+
 def plain_curve(config: Config, steps: int) -> list[Point]:
     """The same in plain PyTorch: one process, no engine, torch's own AdamW and clipping."""
-    architecture = architecture_of(config, VOCABULARY)
-    cpu = torch.device("cpu")
-    model = Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
+    model = build(config)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -132,8 +149,8 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
             group["lr"] = learning_rate(step, config.training.steps, config.optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        result = step_result(architecture, *totals(architecture, reports, Mesh(cpu)), float(norm), True)
-        curve.append(Point(result.losses, result.gradient_norm, result.counts))
+        losses, counts, _ = by_name(model.architecture, *totals(model.architecture, reports, Mesh(torch.device("cpu"))))
+        curve.append(Point(losses, float(norm), counts))
     return curve
 
 

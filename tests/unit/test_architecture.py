@@ -24,16 +24,27 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.evaluate": ENTRY,
     "pretrain.doctor": ENTRY,
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
-        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.retrieval", "pretrain.optim", "pretrain.models.flow"),
-        *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
-        *("pretrain.config", "pretrain.errors", "data_pipelines"),
+        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.validation", "pretrain.banner", "pretrain.run_folder"),
+        *("pretrain.optim", "pretrain.models.flow", "pretrain.parallel.engine", "pretrain.parallel.mesh"),
+        *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
-    "pretrain.metrics": ("pretrain.config", "pretrain.errors", "data_pipelines.batch"),
+    "pretrain.validation": (
+        *("pretrain.models.flow", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
+        *("pretrain.stopping", "data_pipelines"),
+    ),
+    "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
+    "pretrain.metrics": ("pretrain.config", "pretrain.screen", "data_pipelines.batch", "data_pipelines.errors"),
     "pretrain.retrieval": (),
+    "pretrain.run_folder": (
+        *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
+        "data_pipelines.manifest",
+    ),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
-        *("pretrain.config", "pretrain.errors"),
+        *("pretrain.screen", "pretrain.config", "pretrain.errors"),
     ),
+    "pretrain.stopping": (),
+    "pretrain.screen": (),
     "pretrain.parallel": (
         *("pretrain.models", "pretrain.optim", "pretrain.accounting", "pretrain.collectives"),
         *("pretrain.config", "pretrain.errors"),

@@ -50,8 +50,8 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
         ("model.image.size=60", "model.image.size 60 is not a multiple of model.image.patch 8: choose a size that is"),
         ("model.text.heads=5", "model.text.heads 5 does not divide the width 128: choose a number that does"),
         ("model.fusion.heads=5", "model.fusion.heads 5 does not divide the width 128"),
-        ("model.fusion=null", "model.architecture cross_attention needs model.fusion: remove `fusion: null`"),
-        ("model.architecture=dual_encoder", "set objectives.matching=null, or model.architecture=cross_attention"),
+        ("model.fusion=null", "model.architecture albef needs model.fusion: remove `null`"),
+        ("model.architecture=clipp", "model.architecture: 'clipp' is none of albef, clip"),
         (
             "objectives.matching.pool=24",
             "objectives.matching.pool 24 neither divides data.grain 16 nor is a multiple of it that divides the 64 "
@@ -86,10 +86,6 @@ def test_a_mistake_is_named_with_its_fix(path, override, message):
             ["engine.pipeline_parallel=2", "engine.zero_stage=1", "engine.offload=cpu"],
             r"engine.offload cpu does not go with engine.pipeline_parallel 2: set engine.offload=none",
         ),
-        (
-            ["engine.pipeline_parallel=40", "engine.zero_stage=1"],
-            r"engine.pipeline_parallel 40 is more than the \d+ layers of the model: set it to \d+ or less",
-        ),
     ],
 )
 def test_a_pipeline_that_cannot_work_names_both_keys_and_the_fix(path, overrides, message):
@@ -102,9 +98,15 @@ def test_offload_without_zero_names_both_keys(path):
         load_config(path, ["engine.offload=cpu", "engine.zero_stage=0"])
 
 
-def test_fusion_and_dual_encoder_are_refused_together(path):
-    overrides = ["model.architecture=dual_encoder", "model.fusion.depth=2"]
-    with pytest.raises(ConfigError, match="dual_encoder has no model.fusion: remove model.fusion"):
+def test_an_objective_that_the_architecture_does_not_have_is_refused_with_one_that_has(path):
+    message = "model.architecture clip has no objectives.matching: remove it, or choose albef"
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, ["model.architecture=clip", "objectives.matching.pool=4"])
+
+
+def test_a_section_that_the_architecture_does_not_have_is_refused(path):
+    overrides = ["model.architecture=clip", "objectives.matching=null", "model.fusion={depth: 2, heads: 2}"]
+    with pytest.raises(ConfigError, match="model.architecture clip has no model.fusion: remove it"):
         load_config(path, overrides)
 
 
@@ -129,11 +131,10 @@ def test_a_micro_step_of_one_sample_has_no_pool(path):
         load_config(path, overrides)
 
 
-def test_fusion_layers_that_nothing_trains_are_refused(path):
-    overrides = ["objectives.matching=null", "objectives.masked_lm=null"]
-    with pytest.raises(ConfigError, match=r"both null, and model.architecture cross_attention has fusion layers"):
-        load_config(path, overrides)
-    load_config(path, [*overrides, "model.architecture=dual_encoder"])
+def test_the_objectives_of_the_architecture_are_on_unless_the_config_says_otherwise(path):
+    objectives = load_config(path, ["objectives.masked_lm=null"]).objectives
+    assert objectives.contrastive is not None
+    assert (objectives.masked_lm, objectives.captioning) == (None, None)
 
 
 def test_a_missing_key_and_a_missing_file_are_named(path):
@@ -151,8 +152,8 @@ def test_a_missing_key_and_a_missing_file_are_named(path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_dual_encoders_text_tower_is_the_whole_stack(path, size):
-    off = ["objectives.matching=null", "objectives.masked_lm=null", "model.architecture=dual_encoder"]
+def test_clips_text_tower_is_the_whole_stack(path, size):
+    off = ["objectives.matching=null", "model.architecture=clip"]
     fused = load_config(path, [f"model.size={size}"]).model
     dual = load_config(path, [f"model.size={size}", *off]).model
     assert fused.fusion is not None

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from data_pipelines.batch import Batch
-from distributed.tiny import tiny_config
-from pretrain.doctor import PAD, Comparison, describe_speeds, make_batches, shrink
-from pretrain.models.architectures import layer_specs
+from distributed.tiny import CLIP, VOCABULARY, tiny_config
+from pretrain.doctor import Comparison, describe_speeds, made_up_steps, shrink
+from pretrain.models.architectures import architecture_of
 from pretrain.parallel.mesh import ALONE, Axis
 
 BIG = {
@@ -20,20 +19,19 @@ BIG = {
     "training__global_batch": 2048,
     "training__accumulation": 8,
 }
-DUAL_ENCODER = {
-    "model__architecture": "dual_encoder",
-    "model__fusion": None,
-    "objectives__matching": None,
-    "objectives__masked_lm": None,
-}
+BIG_CLIP = {key: value for key, value in BIG.items() if not key.startswith(("model__fusion", "objectives__"))} | CLIP
 
 
 def kinds(config):
     """The layers of a config by name, their numbers left out."""
-    return {spec.name.rstrip("0123456789") for spec in layer_specs(config, 61)}
+    return {layer.name.rstrip("0123456789") for layer in layers(config)}
 
 
-@pytest.mark.parametrize("changes", [BIG, BIG | DUAL_ENCODER, BIG | {"objectives__contrastive__loss": "sigmoid"}])
+def layers(config):
+    return architecture_of(config, VOCABULARY).layers
+
+
+@pytest.mark.parametrize("changes", [BIG, BIG_CLIP, BIG | {"objectives__contrastive__loss": "sigmoid"}])
 def test_the_copy_is_small_and_has_every_kind_of_layer(changes):
     config = tiny_config(**changes)
     copy = shrink(config, dp_size=4)
@@ -42,14 +40,14 @@ def test_the_copy_is_small_and_has_every_kind_of_layer(changes):
     assert copy.optimizer == config.optimizer
     assert copy.objectives.contrastive == config.objectives.contrastive
     assert copy.training.global_batch <= 64
-    assert copy.num_layers < config.num_layers / 2
-    assert sum(p.numel() for spec in layer_specs(copy, 61) for p in spec.build().parameters()) < 10e6
+    assert len(layers(copy)) < len(layers(config)) / 2
+    assert sum(p.numel() for layer in layers(copy) for p in layer.build().parameters()) < 10e6
 
 
 @pytest.mark.parametrize("stages", [2, 8, 48])
 def test_the_copy_has_a_layer_for_each_stage(stages):
     config = tiny_config(**BIG, engine__pipeline_parallel=stages, engine__zero_stage=1)
-    assert stages <= shrink(config, dp_size=1).num_layers <= config.num_layers
+    assert stages <= len(layers(shrink(config, dp_size=1))) <= len(layers(config))
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
@@ -71,7 +69,6 @@ def test_a_pool_of_several_grains_has_as_many_in_the_copy_up_to_one_a_rank(grain
     ("changes", "most"),
     [
         ({}, 2),
-        (DUAL_ENCODER, 2),
         ({"objectives__contrastive__negatives": "global_batch", "training__accumulation": 2}, 4),
         ({"objectives__matching__pool": 64}, 1),
         ({"objectives__matching__pool": 32 * 4096}, 1),
@@ -84,28 +81,29 @@ def test_thousands_of_ranks_take_few_samples_each(changes, most):
     assert copy.training.global_batch == most * 4096
 
 
+def steps(step, config, dp=ALONE):
+    return made_up_steps(step, config, VOCABULARY, dp, torch.device("cpu"))
+
+
 def test_ranks_read_together_what_one_process_reads():
     copy = shrink(tiny_config(**BIG), dp_size=2)
-    (first, second), (alone, again) = make_batches(1, copy, ALONE), make_batches(1, copy, ALONE)
-    parts = [make_batches(1, copy, Axis(rank, 2, None))[0] for rank in (0, 1)]
-    assert torch.equal(first.images, alone.images)
-    assert torch.equal(second.images, again.images)
-    rows = {int(p): row for part in parts for p, row in zip(part.positions, part.images, strict=True)}
-    assert sorted(rows) == alone.positions.tolist()
-    assert all(torch.equal(rows[int(p)], row) for p, row in zip(alone.positions, alone.images, strict=True))
+    alone, _ = steps(1, copy)
+    parts = [steps(1, copy, Axis(rank, 2, None))[0] for rank in (0, 1)]
+    rows = {int(p): row for part in parts for p, row in zip(part["positions"], part["images"], strict=True)}
+    assert sorted(rows) == alone["positions"].tolist()
+    assert all(torch.equal(rows[int(p)], row) for p, row in zip(alone["positions"], alone["images"], strict=True))
 
 
 def test_samples_are_no_special_case():
     copy = shrink(tiny_config(**BIG), dp_size=4)
-    batches: list[Batch] = [batch for step in range(2) for batch in make_batches(step, copy, ALONE)]
-    text = torch.cat([batch.text for batch in batches])
-    assert (text == PAD).any()
-    assert (text[:, :3] != PAD).all()
-    targets = torch.cat([batch.masked_targets for batch in batches])
-    assert 0 < (targets == -100).sum() < len(targets)
-    ids = torch.cat([batch.image_ids for batch in batches])
-    assert len(set(ids.tolist())) < len(ids)
-    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(len(ids)))
+    batches = [batch for step in range(2) for batch in steps(step, copy)]
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    assert (whole["text"] == VOCABULARY.pad).any()
+    assert (whole["text"][:, :3] != VOCABULARY.pad).all()
+    assert 0 < (whole["masked_targets"] == -100).sum() < whole["masked_targets"].numel()
+    ids = whole["image_ids"].tolist()
+    assert len(set(ids)) < len(ids)
+    assert whole["positions"].tolist() == list(range(len(ids)))
 
 
 def comparison(*norms, precision="fp32"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distributed.tiny import DUAL_ENCODER, tiny_config
+from distributed.tiny import CLIP, tiny_config
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def resume(saved, here, tokenizer="t"):
             {"objectives__contrastive__loss": "sigmoid"},
             "objectives.contrastive.loss is softmax in it and sigmoid in the config",
         ),
-        (DUAL_ENCODER, "model.architecture is cross_attention in it and dual_encoder in the config"),
+        (CLIP, "model.architecture is albef in it and clip in the config"),
     ],
 )
 def test_another_model_is_refused_with_key_and_both_values(changes, message):

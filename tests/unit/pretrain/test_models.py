@@ -3,123 +3,122 @@
 import pytest
 import torch
 
-from distributed.tiny import PAD, VOCABULARY, samples, tiny_config
-from pretrain.models.architectures import layer_specs
-from pretrain.models.model import build_model
-from pretrain.objectives.masked_lm import masked_lm_loss
+from distributed.tiny import CLIP, VOCABULARY, build, tiny_config
+from pretrain.models.architectures import architecture_of
+from pretrain.models.blocks import SelfAttention, padding_mask, sees
 from pretrain.objectives.matching import matching_loss
-
-DUAL = {
-    "model__architecture": "dual_encoder",
-    "model__fusion": None,
-    "objectives__matching": None,
-    "objectives__masked_lm": None,
-}
-
-
-def build(**changes):
-    config = tiny_config(**changes)
-    return build_model(layer_specs(config, VOCABULARY), config, PAD, torch.device("cpu"))
-
-
-def record_flows(model):
-    """The flow that leaves each layer, by the layer's name."""
-    flows = {}
-    for name, layer in model.named_children():
-        layer.register_forward_hook(lambda _, __, flow, name=name: flows.__setitem__(name, flow))
-    return flows
-
+from pretrain.synthetic import made_up_batch
 
 SIGMOID = {"objectives__contrastive__loss": "sigmoid"}
 
 
+def batch_of(positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    return made_up_batch(tiny_config(), VOCABULARY, positions)
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, DUAL, SIGMOID, {**DUAL, **SIGMOID}, {"objectives__matching": None}, {"objectives__masked_lm": None}],
+    [{}, CLIP, SIGMOID, {**CLIP, **SIGMOID}, {"objectives__matching": None}, {"objectives__masked_lm": None}],
     ids=str,
 )
 def test_every_parameter_gets_a_gradient(changes):
-    model = build(**changes)
-    model(**samples(torch.arange(8)).tensors()).loss.backward()
+    model = build(tiny_config(**changes))
+    model(batch_of(torch.arange(8))).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_the_dual_encoder_is_the_towers_of_the_other_list():
-    fused, dual = (layer_specs(tiny_config(**changes), VOCABULARY) for changes in ({}, DUAL))
-    shared = [spec.name for spec in dual if spec.name != "align" and not spec.name.startswith("text_block")]
-    assert [spec.name for spec in fused if spec.name in shared] == shared
-    assert dual[-1].name == "align"
+def test_clip_is_the_towers_of_albef():
+    albef, clip = (architecture_of(tiny_config(**changes), VOCABULARY).layers for changes in ({}, CLIP))
+    shared = [layer.name for layer in clip if not layer.name.startswith("text_block")]
+    assert [layer.name for layer in albef if layer.name in shared] == shared
+    assert clip[-1].name == "contrastive_head"
 
 
-def test_one_pass_equals_one_pass_an_objective():
+def test_one_pass_equals_one_pass_per_objective():
     """Matching and masked-LM losses of the 4B-row pass, computed again in separate passes over plain rows."""
-    model = build().eval()
-    flows = record_flows(model)
-    batch = samples(torch.arange(8))
-    output = model(**batch.tensors())
-    B = 8
-    after_text, aligned = flows["text_block_0"], flows["align"]
-    image = flows["image_norm"].image
+    model, B = build(tiny_config()).eval(), 8
+    batch = batch_of(torch.arange(B))
+    sides = ("image_tokens", "caption_tokens", "caption_mask", "masked_tokens", "masked_mask")
+    want = (*sides, "negative_images", "negative_texts", "negatives_valid", "loss/matching", "loss/masked_lm")
+    flow = model.run(want, batch)
 
-    def fuse(text_rows, image_rows):
+    def fuse(side, text_rows, image_rows):
         """Each pair by itself: its own image, its own row."""
         rows = []
         for text_row, image_row in zip(text_rows, image_rows, strict=True):
-            text, mask = after_text.text[text_row : text_row + 1], after_text.text_mask[text_row : text_row + 1]
-            for name, layer in model.named_children():
-                if name.startswith("fusion_block"):
-                    text = layer.transform(text, mask, image[image_row : image_row + 1], torch.tensor([0]))
-            rows.append(text)
+            text = flow[f"{side}_tokens"][text_row : text_row + 1]
+            mask = flow[f"{side}_mask"][text_row : text_row + 1]
+            image = flow["image_tokens"][image_row : image_row + 1]
+            rows.append(model.fusion_block_0(text, mask, image, torch.tensor([0])))
         return torch.cat(rows)
 
-    image_rows = aligned.image_rows.tolist()
     own = list(range(B))
-    negative_texts = [  # which clean caption stands in block 2
-        next(j for j in own if torch.equal(aligned.text[2 * B + i], after_text.text[j])) for i in own
-    ]
-    assert image_rows[:B] == image_rows[2 * B : 3 * B] == image_rows[3 * B :] == own
-    matched = fuse(own + own + negative_texts, own + image_rows[B : 2 * B] + own)
-    loss, _ = matching_loss(model.matching_head.logits(matched), aligned.negatives_valid.bool())
-    torch.testing.assert_close(output.losses[1], loss)
-    masked = fuse([B + i for i in own], own)
-    loss, _ = masked_lm_loss(model.masked_lm_head.logits(masked, aligned.masked_positions), aligned.masked_targets)
-    torch.testing.assert_close(output.losses[2], loss)
+    images, texts = flow["negative_images"].tolist(), flow["negative_texts"].tolist()
+    logits = model.matching_head(fuse("caption", own + own + texts, own + images + own))
+    labels, ones = torch.tensor([1] * B + [0] * 2 * B), torch.ones_like(flow["negatives_valid"])
+    valid = torch.cat([ones, flow["negatives_valid"], flow["negatives_valid"]])
+    torch.testing.assert_close(flow["loss/matching"], matching_loss(logits, labels, valid)[0])
+    loss, _ = model.masked_lm_head(fuse("masked", own, own), batch["masked_positions"], batch["masked_targets"])
+    torch.testing.assert_close(flow["loss/masked_lm"], loss)
 
 
 def test_padding_changes_nothing():
-    model = build().eval()
-    batch = samples(torch.arange(8))
-    reference = model(**batch.tensors())
-    model.text_embed.token.weight.data[PAD] += 5
-    changed = model(**batch.tensors())
-    torch.testing.assert_close(changed.losses, reference.losses)
+    model = build(tiny_config()).eval()
+    batch = batch_of(torch.arange(8))
+    reference = model(batch)
+    model.text_embed.token.weight.data[VOCABULARY.pad] += 5
+    torch.testing.assert_close(model(batch).figures, reference.figures)
+
+
+@pytest.mark.parametrize(
+    ("time", "doc", "visible"),
+    [
+        ([0, 0, 0, 0], [0, 0, 0, -1], ["1110"] * 4),  # bidirectional, the last one padding
+        ([0, 1, 2, 3], [0, 0, 0, 0], ["1000", "1100", "1110", "1111"]),  # causal
+        ([0, 0, 1, 2], [0, 0, 0, 0], ["1100", "1100", "1110", "1111"]),  # a prefix, then causal
+        ([0, 1, 0, 1], [0, 0, 1, 1], ["1000", "1100", "0010", "0011"]),  # two captions packed into one row
+    ],
+)
+def test_what_a_token_sees_follows_from_its_document_and_its_time(time, doc, visible):
+    found = sees(torch.tensor([doc]), torch.tensor([time]))[0, 0]
+    used = torch.tensor(doc) >= 0
+    for row, expected, is_used in zip(found, visible, used, strict=True):
+        assert not is_used or "".join(str(int(bit)) for bit in row) == expected
+
+
+def test_the_fast_paths_are_the_general_mask():
+    torch.manual_seed(0)
+    x, used = torch.randn(3, 5, 8), torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    both, causal = SelfAttention(8, 2), SelfAttention(8, 2, causal=True)
+    doc, place = torch.where(used, 0, -1), torch.arange(5).expand(3, 5)
+    full = both(x, sees(doc, 0 * place))
+    torch.testing.assert_close(both(x, padding_mask(used))[used], full[used])
+    torch.testing.assert_close(causal(x)[used], causal(x, sees(doc, place))[used])
 
 
 def test_initial_weights_follow_from_seed_and_name_alone():
-    one, two, other = build(), build(model__embed=32), build(seed=1)
+    one, two, other = (build(tiny_config(**changes)) for changes in ({}, {"model__embed": 32}, {"seed": 1}))
     same = dict(two.named_parameters())
     for name, parameter in one.named_parameters():
-        if "project" not in name or "image_embed" in name:
+        if not name.startswith(("image_project", "text_project")):
             assert torch.equal(parameter, same[name]), name
     assert not torch.equal(one.image_embed.project.weight, other.image_embed.project.weight)
-    assert one.align.temperature.log_scale.shape == (1,)
-    assert torch.allclose(one.align.temperature.log_scale.exp(), torch.tensor([1 / 0.07]))
+    assert one.temperature.log_scale.shape == (1,)
+    assert torch.allclose(one.temperature.log_scale.exp(), torch.tensor([1 / 0.07]))
 
 
 def test_only_the_sigmoid_loss_has_a_bias_and_it_starts_far_below_zero():
-    assert build().align.temperature.bias is None
-    assert build(objectives__contrastive__loss="sigmoid").align.temperature.bias.tolist() == [-10.0]
+    assert [name for name, _ in build(tiny_config()).temperature.named_parameters()] == ["log_scale"]
+    assert build(tiny_config(**SIGMOID)).temperature.bias.tolist() == [-10.0]
 
 
 def test_negatives_do_not_depend_on_how_the_batch_is_cut():
     """The same pools in a batch of 16 or in two of 8."""
-    model = build().eval()
-    flows = record_flows(model)
+    model = build(tiny_config()).eval()
 
     def images_of_negatives(positions):
-        model(**samples(positions).tensors())
-        B = len(positions)
-        return positions[flows["align"].image_rows[B : 2 * B]].tolist()
+        found = model.run(["negative_images"], batch_of(positions))["negative_images"]
+        return positions[found].tolist()
 
     whole = images_of_negatives(torch.arange(16))
     assert whole == images_of_negatives(torch.arange(8)) + images_of_negatives(torch.arange(8, 16))

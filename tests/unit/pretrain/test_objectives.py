@@ -83,8 +83,7 @@ def test_negatives_come_from_the_pool_and_share_neither_image_nor_caption():
             for own, other in enumerate(rows.tolist()):
                 assert (100 + own) // 4 == (100 + other) // 4
                 assert identity.image_ids[own] != identity.image_ids[other]
-        assert found.image_valid.all()
-        assert found.text_valid.all()
+        assert found.valid.all()
 
 
 def test_negatives_are_drawn_with_the_probability_of_the_softmax():
@@ -106,7 +105,7 @@ def test_pools_begin_where_the_micro_step_does():
     found = mine_hard_negatives(
         unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), pairs, 21 + torch.arange(B), pool=2, seed=0
     )
-    assert not found.image_valid.any()  # each pool is one pair
+    assert not found.valid.any()  # each pool is one pair
 
 
 def test_pairs_that_are_too_many_are_scored_some_rows_at_a_time(monkeypatch):
@@ -120,9 +119,9 @@ def test_pairs_that_are_too_many_are_scored_some_rows_at_a_time(monkeypatch):
     whole, at_once = run()
     monkeypatch.setattr("pretrain.objectives.matching.MAX_PAIRS", 5 * B)  # 12 rows are 5, 5 and 2
     parts, at_most = run()
-    for name in ("image_rows", "text_rows", "image_valid", "text_valid"):
+    for name in ("image_rows", "text_rows", "valid"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
-    assert 0 < whole.text_valid.sum() < B
+    assert 0 < whole.valid.sum() < B
     assert (at_once, at_most) == (B * B, B * E)
 
 
@@ -131,12 +130,12 @@ def test_a_row_without_any_valid_negative_is_defined_and_counts_nothing():
     found = mine_hard_negatives(
         unit_vectors(0), unit_vectors(1), torch.tensor([1.0]), everyone_alike, torch.arange(B), pool=4, seed=0
     )
-    assert not found.image_valid.any()
-    assert not found.text_valid.any()
+    assert not found.valid.any()
     assert found.image_rows.tolist() == list(range(B))
     logits = torch.randn(3 * B, 2, requires_grad=True)
-    valid = torch.cat([torch.ones(B, dtype=torch.bool), found.image_valid, found.text_valid])
-    loss, counts = matching_loss(logits, valid)
+    labels = torch.tensor([1] * B + [0] * 2 * B)
+    valid = torch.cat([torch.ones(B, dtype=torch.bool), found.valid, found.valid]).long()
+    loss, counts = matching_loss(logits, labels, valid)
     loss.backward()
     assert loss.isfinite()
     assert counts[1] == B
@@ -145,9 +144,10 @@ def test_a_row_without_any_valid_negative_is_defined_and_counts_nothing():
     torch.testing.assert_close(loss, F.cross_entropy(logits[:B], torch.ones(B, dtype=torch.int64)) / 3)
 
 
-def test_the_first_third_of_the_matching_rows_belongs_together():
-    logits = torch.tensor([[-9.0, 9.0]] * B + [[9.0, -9.0]] * 2 * B)
-    loss, counts = matching_loss(logits, torch.ones(3 * B, dtype=torch.bool))
+def test_class_1_means_belongs_together():
+    labels = torch.tensor([1, 0, 0] * B)
+    logits = torch.stack([9.0 - 18 * labels, 18.0 * labels - 9], dim=1)
+    loss, counts = matching_loss(logits, labels, torch.ones_like(labels))
     assert loss < 1e-6
     assert counts.tolist() == [3 * B, 3 * B]
 

@@ -145,3 +145,71 @@ def test_nothing_in_a_checkpoint_is_pickled(store):
     kinds = {path.suffix for path in store.newest_valid().iterdir()}
     assert kinds == {".safetensors", ".json", ""}
     json.loads((store.newest_valid() / "index.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["step-backup", "step-000000002-best", "step-best", "step-old", "step-2", "step-0000000002", "step-000000009"],
+)
+def test_a_copy_of_a_checkpoint_is_neither_read_nor_deleted_and_is_named(store, name, capsys):
+    for step in (1, 2, 4):
+        store.save(step, state(step), {})
+        if step == 2:
+            shutil.copytree(store.folder / "step-000000002", store.folder / name)
+    (store.folder / "notes.txt").write_text("mine")
+    store.sweep()
+    assert f"Left alone in {store.folder}, as no checkpoints of this run: notes.txt, {name}." in capsys.readouterr().out
+    assert store.newest_valid().name == "step-000000004"
+    for step in (6, 8):
+        store.save(step, state(step), {})
+    there = {path.name for path in store.folder.iterdir()} - {"LATEST"}
+    assert there == {"step-000000006", "step-000000008", name, "notes.txt"}
+    assert torch.equal(values(store, store.folder / name), state(2)[0].tensors["master"])
+
+
+def test_a_copy_under_the_name_of_a_step_to_come_makes_room_for_it_and_is_kept(store, capsys):
+    store.save(1, state(1), {})
+    shutil.copytree(store.folder / "step-000000001", store.folder / "step-000000002")
+    assert store.save(2, state(2), {}) is None
+    assert store.newest_valid().name == "step-000000002"
+    assert torch.equal(values(store, store.newest_valid()), state(2)[0].tensors["master"])
+    assert "step-000000002 is of another step than 2" in capsys.readouterr().out
+    (copy,) = [path for path in (store.folder / "quarantine").iterdir() if path.is_dir()]
+    assert torch.equal(values(store, copy), state(1)[0].tensors["master"])
+
+
+def test_copies_alone_are_an_error_that_says_how_to_go_on_from_them(store):
+    store.save(1, state(1), {})
+    (store.folder / "step-000000001").rename(store.folder / "step-best")
+    with pytest.raises(CheckpointError, match=r"holds step-best, but nothing under the name .*rename one to step-N"):
+        store.newest_valid()
+
+
+def test_steps_are_ordered_as_numbers(store):
+    for step in (999_999_999, 1_000_000_000):
+        store.save(step, state(), {})
+    assert store.newest_valid().name == "step-1000000000"
+
+
+def test_the_checkpoint_of_one_step_is_found_or_those_there_are_named(store):
+    store.save(1, state(1), {})
+    store.save(2, state(2), {})
+    assert store.newest_valid(step=1).name == "step-000000001"
+    with pytest.raises(CheckpointError, match=r"No checkpoint of step 3 in .*: those there are of 1, 2\."):
+        store.newest_valid(step=3)
+
+
+def test_a_reader_beside_a_live_run_moves_nothing_and_says_what_is_wrong(store):
+    store.save(1, state(1), {})
+    (store.folder / "step-000000001" / "COMMIT").unlink()
+    with pytest.raises(CheckpointError, match=r"is valid: step-000000001: No such file .*COMMIT"):
+        store.newest_valid(quarantine=False)
+    assert (store.folder / "step-000000001").is_dir()
+
+
+def test_what_is_swept_is_what_a_save_left_and_nothing_that_resembles_it(store):
+    store.save(1, state(1), {})
+    mine = store.folder / ".tmp-notes"
+    mine.mkdir()
+    store.sweep()
+    assert mine.is_dir()
