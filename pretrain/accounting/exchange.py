@@ -58,8 +58,14 @@ def _weight_transfers(config: Config, costs: Sequence[LayerCost], layout: Layout
         case 3:
             small = sum(size for size in sizes if size < PERSISTENT)
             cut = n - small
-            gathered = cut + released(config, cut) + sum(sum(cost.weights) for cost in costs if cost.runs_first)
+            times = (cut + released(config, cut)) / max(cut, 1)  # in the training pass
+            again = [size for cost in costs if cost.runs_first for size in cost.weights]
+            gathered = times * cut + sum(again)
             fetches = math.ceil(gathered / PREFETCH)
-            yield Transfer("weights", "all-gather", "dp", width * gathered * steps, fetches * steps, overlapped=True)
-            yield Transfer("gradients", "reduce-scatter", "dp", width * n * steps, buckets * steps, overlapped=True)
+            tensors = times * len([size for size in sizes if size >= PERSISTENT])
+            tensors += len([size for size in again if size >= PERSISTENT])
+            what = "weights", "all-gather", "dp", width * gathered * steps, fetches * steps
+            yield Transfer(*what, overlapped=True, parameters=tensors * steps)
+            what = "gradients", "reduce-scatter", "dp", width * n * steps, buckets * steps
+            yield Transfer(*what, overlapped=True, parameters=len(sizes) * steps)
             yield Transfer("updated small weights", "all-gather", "dp", width * small, 1)

@@ -7,9 +7,10 @@ first and the last run; those between them cost what the first does.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pretrain.collectives import Pretended
 from pretrain.config import Config
 from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import COUNTS, LOSS, Call, Flow, Groups
-from pretrain.models.model import Model, StandIns
+from pretrain.models.model import Model, StandIns, report
 from pretrain.models.towers import Vocabulary
 from pretrain.parallel.first_pass import evaluate, prepare
 from pretrain.parallel.mesh import ALONE
@@ -54,6 +55,8 @@ class Transfer:
     messages: float
     overlapped: bool = False
     """Runs while the GPU computes."""
+    parameters: float = 0
+    """Those that DeepSpeed takes apart or puts together on the way, one by one."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,6 @@ class LayerCost:
     """One layer on a rank that holds the first part of it. Bytes are those of a micro-step."""
 
     name: str
-    parameters: int
-    """Elements of the whole layer."""
     weights: tuple[int, ...]
     """Elements of each parameter that the rank holds."""
     flops: float
@@ -94,6 +95,31 @@ class StepCost:
     results: float
     """Bytes that the first pass of a micro-step makes."""
 
+    def in_steps(self, times: float) -> "StepCost":
+        """The same samples of a step, in so many times as many micro-steps; what they make together stays."""
+        layers = [
+            replace(
+                layer,
+                kept=layer.kept / times,
+                peak_forward=layer.peak_forward / times,
+                peak_backward=layer.peak_backward / times,
+                crossing=layer.crossing / times,
+                crossing_first=layer.crossing_first / times,
+                transfers=tuple(replace(each, messages=each.messages * times) for each in layer.transfers),
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers), results=self.results / times)
+
+
+class ForwardCost(NamedTuple):
+    """A forward pass of the whole model."""
+
+    parameters: int
+    """Elements of all weights."""
+    flops: dict[str, float]
+    """Of a sample, by layer."""
+
 
 def value_type(config: Config, gpu: bool) -> torch.dtype:
     """Of weights and activations in the forward and backward pass."""
@@ -115,8 +141,8 @@ def measure_step(config: Config, vocabulary: Vocabulary, layout: Layout, *, gpu:
         return run.step()
 
 
-def measure_forward(config: Config, vocabulary: Vocabulary, without: str | None = None) -> dict[str, float]:
-    """FLOPs per sample of a forward pass, by layer, whatever the layout.
+def measure_forward(config: Config, vocabulary: Vocabulary, without: str | None = None) -> ForwardCost:
+    """What holds of a forward pass of training whatever the layout.
 
     Args:
         config: the whole config.
@@ -132,7 +158,10 @@ def measure_forward(config: Config, vocabulary: Vocabulary, without: str | None 
     want = [name for name in run.architecture.reports if name not in (f"{LOSS}{without}", f"{COUNTS}{without}")]
     with run.meter:
         evaluate(run.model, want, [run.batch], run.forward)
-    return {name: run.meter.flops["forward", same] / micro_batch for name, same in run.names()}
+    return ForwardCost(
+        parameters=sum(math.prod(part.shape) for _, same in run.names() for part in run.parts[same]),
+        flops={name: run.meter.flops["forward", same] / micro_batch for name, same in run.names()},
+    )
 
 
 class _Run:
@@ -205,7 +234,7 @@ class _Run:
         calls = model.calls(architecture.reports, have)
         made = self.run(calls, have, "forward", stand_ins)
         self.kept["forward", calls[0].layer.name] += given
-        (model.report(have | made).loss / steps).backward()
+        (report(architecture, have | made).loss / steps).backward()
         return StepCost(
             layers=tuple(self._costs()),
             columns=steps * sum(tensor.nbytes for tensor in self.batch.values()),
@@ -224,7 +253,6 @@ class _Run:
             crossing_first = 0 if [same] == last_first else self.crossing.get(("first", same), crossing_first)
             yield LayerCost(
                 name=name,
-                parameters=sum(math.prod(part.shape) for part in self.parts[same]),
                 weights=tuple(math.prod(part.size) for part in self.parts[same]),
                 flops=sum(count * meter.flops[phase, same] for phase, count in times.items()),
                 kept=self.kept["forward", same],

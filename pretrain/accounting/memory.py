@@ -47,6 +47,13 @@ def memory(
     return max((Memory(name, items) for name, items in moments.items()), key=lambda memory: memory.total)
 
 
+def activations(
+    config: Config, cost: StepCost, layout: Layout, part: range, stage: int = 0, *, gpu: bool = True
+) -> float:
+    """Bytes of the activations in the backward pass, at their most, whatever else the rank holds then."""
+    return _Rank(config, cost, layout, part, stage, gpu).activations
+
+
 def released(config: Config, elements: int) -> float:
     """Elements that stage 3 gathers again for the backward pass: those whose next use is too far off to wait for.
 

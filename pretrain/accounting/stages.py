@@ -37,8 +37,8 @@ def cut_into_stages(
             f"engine.pipeline_parallel {num_stages} is more than the {len(layers)} layers of the model: set it to "
             f"{len(layers)} or less."
         )
-    costs = measure_forward(config, vocabulary)
-    return [layers[part.start : part.stop] for part in cut_evenly(tuple(costs.values()), num_stages)]
+    flops = measure_forward(config, vocabulary).flops
+    return [layers[part.start : part.stop] for part in cut_evenly(tuple(flops.values()), num_stages)]
 
 
 @cache

@@ -48,7 +48,7 @@ def start(mesh, config):
 
 def cuts(config) -> list[range]:
     """The layers of each stage."""
-    return cut_evenly(tuple(measure_forward(config, VOCABULARY).values()), config.engine.pipeline_parallel)
+    return cut_evenly(tuple(measure_forward(config, VOCABULARY).flops.values()), config.engine.pipeline_parallel)
 
 
 @contextmanager
