@@ -187,7 +187,7 @@ class _Run:
         for weight in self.model.parameters():
             weight.register_post_accumulate_grad_hook(_drop_gradient)
         self.batch = {name: columns[name] for name in self.architecture.columns}
-        self.meter.own([*self.model.parameters(), *columns.values()])
+        self.meter.own([*self.model.parameters(), *self.batch.values()])
         self.before, self.kept, self.crossing, self.results = Counter[Place](), Counter[Place](), dict[Place, int](), 0
 
     def names(self) -> Iterator[tuple[str, str]]:

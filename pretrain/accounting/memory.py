@@ -30,9 +30,7 @@ class Memory:
         return sum(self.items.values())
 
 
-def memory(
-    config: Config, cost: StepCost, layout: Layout, part: range, stage: int = 0, *, gpu: bool = True
-) -> Memory:
+def memory(config: Config, cost: StepCost, layout: Layout, part: range, stage: int = 0, *, gpu: bool = True) -> Memory:
     """What a rank of a pipeline stage (the only one, without a pipeline) holds in tensors at its fullest moment.
 
     Args:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 # The meta device would compute attention in single steps, and keep what each token sees of each other one. This kernel
 # keeps no such thing, as all do that a GPU or a CPU takes.
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLOPS = flop_registry | {
+FLOPS = flop_registry | {
     _FUSED: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
@@ -36,7 +36,7 @@ class Meter(TorchDispatchMode):
         self._storages: dict[int, Any] = {}
 
     def own(self, tensors: Iterable[Tensor]) -> None:
-        """These are there anyway."""
+        """These are there anyway, and stay."""
         self._storages |= {tensor.untyped_storage()._cdata: None for tensor in tensors}
 
     def enter(self, place: Any) -> None:
@@ -50,7 +50,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outcome = func(*args, **(kwargs or {}))
-        if count := _FLOPS.get(func._overloadpacket):
+        if count := FLOPS.get(func._overloadpacket):
             self.flops[self.place] += count(*args, **(kwargs or {}), out_val=outcome)
         for tensor in outcome if isinstance(outcome, tuple | list) else (outcome,):
             if isinstance(tensor, Tensor):

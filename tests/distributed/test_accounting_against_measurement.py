@@ -156,7 +156,7 @@ def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
         # DeepSpeed's buckets of 1 or 2 GB would hide whatever else is wrong.
         bucket = value_type(config, gpu=False).itemsize * REDUCE_BUCKET
         buckets = predicted.items.get("buffers", 0) // bucket * bucket
-        print((predicted.total-buckets)/(bytes_held-buckets), predicted)
+        print((predicted.total - buckets) / (bytes_held - buckets), predicted)
         assert predicted.total - buckets == pytest.approx(bytes_held - buckets, rel=0.1), predicted
 
 
@@ -264,6 +264,9 @@ def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
     for part in parts:
         for transfer in transfers(config, cost, layout, part, gpu=False):
             predicted[transfer.kind, transfer.axis] += transfer.size * 4 / len(parts)
-    print({key: (measured[key]/size, size) for key, size in predicted.items()}, sum(measured.values())/sum(predicted.values()))
+    print(
+        {key: (measured[key] / size, size) for key, size in predicted.items()},
+        sum(measured.values()) / sum(predicted.values()),
+    )
     assert {key: measured[key] for key in predicted} == pytest.approx(dict(predicted), rel=0.05)
     assert sum(measured.values()) == pytest.approx(sum(predicted.values()), rel=0.05)
