@@ -6,6 +6,7 @@ Layers are measured on the meta device, without a GPU; the rest is arithmetic, w
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ class Costs:
             self._steps[key] = layout.micro_steps, measure_step(config, self.vocabulary, layout)
         steps, cost = self._steps[key]
         return cost if steps == layout.micro_steps else cost.in_steps(layout.micro_steps / steps)
+
+    @cached_property
+    def least_kept(self) -> float:
+        """Bytes per sample that wait for the backward pass even if activations are computed again."""
+        config = _with_engine(self.config, activation_checkpointing=True)
+        cost = measure_step(config, self.vocabulary, Layout(1, 1, 1, self.config.data.grain, 1))
+        return sum(layer.kept for layer in cost.layers) / self.config.data.grain
 
     @property
     def flops(self) -> float:
@@ -244,6 +252,10 @@ def best_layouts(config: Config, cluster: Cluster, costs: Costs, count: int = 3)
             continue  # more micro-steps than fit would only take longer
         if str(candidate.engine.model_copy(update={"activation_checkpointing": False})) in plans.keys() - {engine}:
             continue
+        layout = layout_of(candidate, cluster.world)
+        least = layout.micro_batch * costs.least_kept / (layout.tensor_parallel * layout.pipeline_parallel)
+        if least > cluster.gpu.memory_gib * GIB:
+            continue  # and thousands of samples take long to measure
         plan = make_plan(candidate, cluster, costs)
         if plan.fits and (engine not in plans or plan.step_s < plans[engine].step_s):
             plans[engine] = plan

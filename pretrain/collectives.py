@@ -4,6 +4,7 @@
 Shapes: B rows on this rank, G = B x ranks rows of the micro-step.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+
+# torch 2.13 renames two collectives that older versions and DeepSpeed call by their old names, at every call.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 Group = dist.ProcessGroup | None
 

@@ -91,7 +91,9 @@ class StepCost:
     columns: float
     """Bytes of what its micro-steps read of the batch."""
     first: float
-    """Bytes at the fullest moment before the training pass."""
+    """Bytes at the fullest moment of the first pass over a micro-batch."""
+    together: float
+    """Bytes at the fullest moment of what is done with all micro-batches at once."""
     results: float
     """Bytes that the first pass of a micro-step makes."""
 
@@ -109,7 +111,7 @@ class StepCost:
             )
             for layer in self.layers
         ]
-        return replace(self, layers=tuple(layers), results=self.results / times)
+        return replace(self, layers=tuple(layers), first=self.first / times, results=self.results / times)
 
 
 class ForwardCost(NamedTuple):
@@ -230,7 +232,11 @@ class _Run:
                     lambda *_, name=layer.name: meter.enter(("together", name))
                 )
         have, stand_ins = prepare(model, [self.batch] * steps, ALONE, partial(self.forward, phase="first"))[0]
-        first, given = max(meter.peak.values(), default=0), meter.held
+        peaks = {
+            phase: max((size for place, size in meter.peak.items() if place[0] == phase), default=0)
+            for phase in ("first", "together")
+        }
+        given = meter.held
         calls = model.calls(architecture.reports, have)
         made = self.run(calls, have, "forward", stand_ins)
         self.kept["forward", calls[0].layer.name] += given
@@ -238,7 +244,8 @@ class _Run:
         return StepCost(
             layers=tuple(self._costs()),
             columns=steps * sum(tensor.nbytes for tensor in self.batch.values()),
-            first=first,
+            first=peaks["first"],
+            together=peaks["together"],
             results=self.results,
         )
 

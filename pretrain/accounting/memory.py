@@ -136,7 +136,8 @@ class _Rank:
     @cached_property
     def activations(self) -> float:
         """Bytes at the fullest moment of the backward pass, gradients of activations and of one weight included."""
-        return max(self.fullest([cost.peak_backward for cost in self.costs]), self.cost.first + self.batch)
+        before = max(self.cost.first, self.cost.together) + self.batch
+        return max(self.fullest([cost.peak_backward for cost in self.costs]), before)
 
 
 def _moments(rank: _Rank) -> Moments:

@@ -22,6 +22,7 @@ from pretrain.accounting.exchange import transfers
 from pretrain.accounting.layers import Transfer, measure_forward, measure_step, value_type
 from pretrain.accounting.memory import REDUCE_BUCKET, memory
 from pretrain.accounting.stages import cut_evenly, layout_of
+from pretrain.collectives import Pretended
 from pretrain.config import ARCHITECTURES
 from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
@@ -55,8 +56,8 @@ def cuts(config) -> list[range]:
 def replaced_collectives(wrap: Any) -> Iterator[None]:
     """Has every collective go through `wrap(name, function)`, those included that DeepSpeed took up when it began."""
     deepspeed.init_distributed(verbose=False)
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "batch_isend_irecv")
-    names += ("broadcast",)
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast")
+    names += ("batch_isend_irecv",)
     places = [(dist, name, name) for name in names]
     places += [(comm.cdb, "all_gather_function", names[1]), (comm.cdb, "reduce_scatter_function", names[2])]
     real = [getattr(owner, attribute) for owner, attribute, _ in places]
@@ -80,6 +81,8 @@ def on_foreign_memory(name, function):
         output.copy_(copy.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
     def call(*arguments, async_op=False, **named):
+        if isinstance(named.get("group"), Pretended):
+            return function(*arguments, **named)
         given = [*arguments, *named.values()]
         copies = [numpys(value) if isinstance(value, torch.Tensor) else value for value in given]
         named = dict(zip(named, copies[len(arguments) :], strict=True))
@@ -123,7 +126,10 @@ def peak_bytes(mesh, config) -> float:
 
 CHECKPOINTING = {"engine__activation_checkpointing": True}
 TP = {"engine__tensor_parallel": 2}
+PP = {"engine__pipeline_parallel": 2}
+OTHERS = [{"model__architecture": name} for name in ARCHITECTURES if name != "albef"]
 LAYOUTS = [
+    *[other | more for other in OTHERS for more in ({"engine__zero_stage": 3}, {"engine__zero_stage": 1} | PP)],
     *[{"engine__zero_stage": stage} for stage in (0, 1, 2)],
     {"engine__zero_stage": 0} | CHECKPOINTING,
     *[{"engine__zero_stage": 3} | more for more in ({}, CHECKPOINTING, TP | {"training__global_batch": 32})],
@@ -156,7 +162,6 @@ def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
         # DeepSpeed's buckets of 1 or 2 GB would hide whatever else is wrong.
         bucket = value_type(config, gpu=False).itemsize * REDUCE_BUCKET
         buckets = predicted.items.get("buffers", 0) // bucket * bucket
-        print((predicted.total - buckets) / (bytes_held - buckets), predicted)
         assert predicted.total - buckets == pytest.approx(bytes_held - buckets, rel=0.1), predicted
 
 
@@ -237,7 +242,6 @@ def sent(mesh, config) -> dict[tuple[str, str], float]:
     return dict(sums)
 
 
-PP = {"engine__pipeline_parallel": 2}
 GLOBAL_NEGATIVES = {"objectives__contrastive": {"negatives": "global_batch"}}
 MOSTLY_TEXT = {  # the more so, the more masked captions would count
     "model__image": {"size": 16, "patch": 8, "width": 64, "depth": 1, "heads": 4},
@@ -246,7 +250,7 @@ MOSTLY_TEXT = {  # the more so, the more masked captions would count
 WAYS = [
     TP | CHECKPOINTING,
     {"objectives__contrastive": {"loss": "sigmoid"}, "objectives__matching": {"pool": 16}},
-    PP | TP,
+    *[architecture | PP | TP for architecture in ({}, *OTHERS)],
     *[GLOBAL_NEGATIVES | MOSTLY_TEXT | more for more in (TP, PP, {"engine__pipeline_parallel": 4})],
 ]
 
@@ -264,9 +268,5 @@ def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
     for part in parts:
         for transfer in transfers(config, cost, layout, part, gpu=False):
             predicted[transfer.kind, transfer.axis] += transfer.size * 4 / len(parts)
-    print(
-        {key: (measured[key] / size, size) for key, size in predicted.items()},
-        sum(measured.values()) / sum(predicted.values()),
-    )
     assert {key: measured[key] for key in predicted} == pytest.approx(dict(predicted), rel=0.05)
     assert sum(measured.values()) == pytest.approx(sum(predicted.values()), rel=0.05)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import sentencepiece
@@ -46,7 +47,10 @@ MEASURED: dict[str, Costs] = {}
 
 def costs(config: Config) -> Costs:
     """Of each optimisation once for all tests."""
-    return MEASURED.setdefault(config.model_dump_json(exclude={"engine"}), Costs(config, VOCABULARY))
+    key = config.model_dump_json(exclude={"engine"})
+    if key not in MEASURED:
+        MEASURED[key] = Costs(config, VOCABULARY)
+    return MEASURED[key]
 
 
 def planned(config: Config, cluster: Cluster) -> Plan:
@@ -54,7 +58,8 @@ def planned(config: Config, cluster: Cluster) -> Plan:
 
 
 def run(capsys, path: Path, *overrides: str, cluster: Cluster = CLUSTER, **options: Any) -> tuple[int, str]:
-    code = run_plan(path, overrides, cluster, **options)
+    with mock.patch("launch.plan_report.Costs", lambda config, _: costs(config)):
+        code = run_plan(path, overrides, cluster, **options)
     return code, capsys.readouterr().out
 
 
