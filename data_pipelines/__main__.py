@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -275,22 +276,41 @@ def _of_part(path: Path, part: Part) -> Path:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    from data_pipelines.manifest import Manifest
-    from data_pipelines.reader import iter_captions
     from data_pipelines.tokenizer import SentencePieceTokenizer, export_tokenizer, train_sentencepiece
 
-    with progress_bar("reading captions", None, "captions") as advance:
-
-        def captions() -> Iterator[str]:
-            for caption in iter_captions(Manifest.load(options.manifest)):
-                advance()
-                yield caption
-
-        train_sentencepiece(captions(), options.output, options.vocab_size)
-    print(f"{options.output}: {SentencePieceTokenizer(options.output).vocab_size:,} pieces")
+    with _captions(options.manifest) as captions:
+        train_sentencepiece(captions, options.output, options.vocab_size)
+    pieces = SentencePieceTokenizer(options.output).vocab_size
+    print(f"{options.output}: {pieces:,} pieces")
+    if pieces < options.vocab_size:
+        print(
+            f"Fewer than the {options.vocab_size:,} asked for: every word of these captions is a piece by now, or some "
+            f"pieces of 16 characters, the longest there are. Only more captions make more pieces."
+        )
     if options.export:
         export_tokenizer(options.output, options.export)
         print(f"{options.export}: the same as a Hugging Face tokenizer")
+
+
+@contextmanager
+def _captions(path: Path) -> Iterator[Iterator[str]]:
+    """The captions of a manifest, behind a bar; what is passed over is told afterwards."""
+    from data_pipelines.manifest import Manifest
+    from data_pipelines.reader import MAX_TRAINING_CAPTIONS, iter_captions
+
+    manifest, bad = Manifest.load(path), Counter[str]()
+    total = min(manifest.samples, MAX_TRAINING_CAPTIONS)
+    with progress_bar("reading captions", total, "captions") as advance:
+
+        def captions() -> Iterator[str]:
+            for caption in iter_captions(manifest, bad, total):
+                advance()
+                yield caption
+
+        yield captions()
+    if total < manifest.samples:
+        print(f"{total:,} of {manifest.samples:,} captions were read, spread evenly: more change little.")
+    print_reasons(bad, "captions passed over")
 
 
 def _adopt(options: argparse.Namespace) -> None:
@@ -302,21 +322,24 @@ def _adopt(options: argparse.Namespace) -> None:
 
 
 def _coverage(options: argparse.Namespace) -> None:
-    from data_pipelines.manifest import Manifest
-    from data_pipelines.reader import iter_captions
-    from data_pipelines.tokenizer import Tokenizer, coverage
+    from data_pipelines.coverage import coverage
+    from data_pipelines.tokenizer import Tokenizer
 
-    found = coverage(
-        Tokenizer.load(options.tokenizer), iter_captions(Manifest.load(options.manifest)), options.text_length
-    )
-    print(f"{found.captions:,} captions, of which {found.cut_share:.2%} are cut at {options.text_length} tokens")
-    table = Table("pieces a caption", "mean", "median", "p95", "p99", "most")
+    tokenizer = Tokenizer.load(options.tokenizer)
+    with _captions(options.manifest) as captions:
+        found = coverage(tokenizer, captions, options.text_length)
+    cut = [f"{share:.2%} at {most}" for share, most in zip(found.cut_shares, options.text_length, strict=True)]
+    print(f"{found.captions:,} captions, of which are cut: {', '.join(cut)} tokens")
+    table = Table("pieces per caption", "mean", "median", "p95", "p99", "most")
     lengths = (found.median_pieces, found.p95_pieces, found.p99_pieces, found.max_pieces)
     table.add_row("", f"{found.mean_pieces:.1f}", *map(str, lengths))
     OUT.print(table)
-    for what, pieces in (("word", found.pieces_per_word), ("Chinese character", found.pieces_per_cjk_character)):
+    for what, pieces in (
+        ("word", found.pieces_per_word),
+        ("letter of scripts without spaces", found.pieces_per_unspaced_letter),
+    ):
         if pieces is not None:
-            print(f"{pieces:.2f} pieces a {what}")
+            print(f"{pieces:.2f} pieces per {what}")
     print(f"{found.unknown_share:.3%} of the pieces are unknown; {found.vocabulary_share:.1%} of the vocabulary occurs")
     print_counts(Counter(dict(found.unknown_characters)), "unknown character", "times")
 

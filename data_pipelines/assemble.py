@@ -42,6 +42,7 @@ class Assembler:
         text_length: Tokens of a caption (L), [CLS] and [SEP] included.
         mask_probability: Share of the pieces that masked language modelling hides.
         seed: Of the run; keys the masks, together with each sample's position.
+        exif_orientation: Whether images are turned as their EXIF orientation says.
         augmentation: Of training images; without one, the central square is looked at as it is.
     """
 
@@ -50,6 +51,7 @@ class Assembler:
     text_length: int
     mask_probability: float
     seed: int
+    exif_orientation: bool
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
@@ -107,13 +109,13 @@ class Assembler:
         return _Captioned(sample, position, caption, row)
 
     def _with_image(self, found: _Captioned) -> Row:
-        image = found.sample.image
-        if self.augmentation:
-            choose_box = partial(self.augmentation.box, position=found.position, caption=found.caption)
-            pixels = decode_crop(image, choose_box, self.image_size)
-            pixels = self.augmentation.distorted(pixels, position=found.position)
-        else:
-            pixels = decode_crop(image, centre_box, self.image_size)
+        image, augmentation = found.sample.image, self.augmentation
+        choose_box = centre_box
+        if augmentation:
+            choose_box = partial(augmentation.box, position=found.position, caption=found.caption)
+        pixels = decode_crop(image, choose_box, self.image_size, exif_orientation=self.exif_orientation)
+        if augmentation:
+            pixels = augmentation.distorted(pixels, position=found.position)
         return found.row | {
             "images": pixels.transpose(2, 0, 1),  # a view; np.stack, too, leaves the pixels as they lie
             "image_ids": hash64(image, "<i8"),

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import DataError, SampleError, cannot_open
+from data_pipelines.header import read_header
 from data_pipelines.manifest import write_atomically
 from data_pipelines.parallel import each_done
 from data_pipelines.sample import Fault, Sample, hash64, normalised_caption, parse_sample
-from data_pipelines.scan import image_size, key_at
+from data_pipelines.scan import key_at
 from data_pipelines.sources import WHOLE, Part, Source, by_source, spread
 from data_pipelines.tar import TarError
 from data_pipelines.verify import Problem
@@ -249,9 +250,8 @@ class _Count:
 
     def _count(self, census: Census, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         caption = sample.caption()
-        height, width = image_size(sample.image)
-        if not (height and width):
-            raise SampleError("the header of the image cannot be read")
+        header = read_header(sample.image)
+        height, width = header.upright_size
         try:
             metadata = sample.metadata()
         except SampleError:
@@ -268,7 +268,7 @@ class _Count:
         for name, number in numbers.items():
             census.measured[name].add(number)
         census.samples += 1
-        census.formats[_format_of(sample.image)] += 1
+        census.formats[header.format] += 1
         census.languages[language or "none"] += 1
         census.fields.update(metadata.keys())
         return hash64(sample.image), hash64(normalised_caption(caption))
@@ -357,13 +357,6 @@ def _reject(census: Census, source: Source, key: str, reason: str) -> None:
 
 def _by_count(counter: Counter[str]) -> dict[str, int]:
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _format_of(image: bytes) -> str:
-    # Of an image whose header could be read.
-    if image.startswith(b"\xff\xd8"):
-        return "JPEG"
-    return "PNG" if image.startswith(b"\x89PNG") else "WebP"
 
 
 def _three_digits(number: int) -> int:

@@ -173,9 +173,7 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument(
-        "--vocab-size", type=_at_least(6), required=True, help="pieces, at most: 30000 suits web captions"
-    )
+    tokenizer.add_argument("--vocab-size", type=_at_least(6), required=True, help="pieces, at most, such as 16000")
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
 
 
@@ -196,12 +194,17 @@ def _coverage(commands: argparse._SubParsersAction) -> None:
         commands,
         "coverage",
         "measure how a tokenizer suits the captions of a manifest",
-        "Counts pieces a caption, captions that are cut, and characters that are unknown.",
+        "Counts pieces per caption, captions that are cut, and characters that are unknown.",
     )
     coverage.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help=".model, or folder of a Hugging Face one")
     coverage.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     coverage.add_argument(
-        "--text-length", type=_at_least(3), default=64, help="tokens of a caption, as in the model's config"
+        "--text-length",
+        type=_at_least(3),
+        nargs="+",
+        default=[24, 32, 64],
+        metavar="TOKENS",
+        help="of a caption, as `model.text.length` has them: 24 in size tiny, 32 in the others",
     )
 
 

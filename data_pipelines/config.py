@@ -77,6 +77,10 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror half of the images, but none whose caption says left or right, which would become false."""
 
+    exif_orientation: bool = True
+    """Turn images as their EXIF orientation says, as viewers do; false for shards whose pixels have been turned and
+    whose tag stayed."""
+
     augment: AugmentConfig = AugmentConfig()
 
     cache: CacheConfig | None = None

@@ -50,10 +50,12 @@ class Filters:
         sides = np.stack((found["width"], found["height"])).astype(np.int64)
         characters = found["caption_characters"]
         tests: list[tuple[str, np.ndarray]] = []
+        if self.min_size or self.max_aspect:
+            tests.append(("size of the image unknown", sides.min(axis=0) > 0))
         if self.min_size:
             tests.append((f"shorter side below {self.min_size} pixels", sides.min(axis=0) >= self.min_size))
         if self.max_aspect:
-            fits = (sides.max(axis=0) <= self.max_aspect * sides.min(axis=0)) & (sides.min(axis=0) > 0)
+            fits = sides.max(axis=0) <= self.max_aspect * sides.min(axis=0)
             tests.append((f"aspect above {self.max_aspect:g}", fits))
         if self.caption_characters:
             fewest, most = self.caption_characters

@@ -52,7 +52,7 @@ class HeldoutData:
         self._split = _Split(
             ShardReader(self.manifest, config.cache, config.patience_s),
             self.manifest,
-            Assembler(self.tokenizer, image_size, text_length, mask_probability, seed),
+            Assembler(self.tokenizer, image_size, text_length, mask_probability, seed, config.exif_orientation),
         )
         # (pairs, 2) int64: sample and caption. Until the split is examined, each sample with its first caption.
         self._pairs = np.stack([np.arange(self.manifest.samples), np.zeros(self.manifest.samples, np.int64)], axis=1)

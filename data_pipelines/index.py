@@ -202,9 +202,12 @@ def count_from_stats(
     return manifest
 
 
+_FEATURES_VERSION = 2  # changes where the same bytes give other features
+
+
 def features_path(rows: Path, names: FeatureFields) -> Path:
     """Where the features that go with a shard's rows are kept."""
-    digest = hashlib.sha256(f"{names.score}\0{names.language}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{_FEATURES_VERSION}\0{names.score}\0{names.language}".encode()).hexdigest()[:8]
     return rows.with_suffix(f".features-{digest}.npy")
 
 

@@ -79,7 +79,9 @@ class TrainingData:
         self._accumulation = accumulation
         self.micro_batch_per_rank = global_batch // (dp_size * accumulation)
         augmentation = Augmentation(config.crop_scale, config.flip, config.augment, seed)
-        assembler = Assembler(self.tokenizer, image_size, text_length, mask_probability, seed, augmentation)
+        assembler = Assembler(
+            self.tokenizer, image_size, text_length, mask_probability, seed, config.exif_orientation, augmentation
+        )
         grains = range(dp_rank, self._grains_per_step // accumulation, dp_size)
         self._dataset = _TrainingBatches(self.sources, assembler, grains, self._grains_per_step // accumulation)
 

@@ -33,8 +33,10 @@ def mask_words(
     """Hides words of a caption.
 
     Words are taken in a random order until `probability` of the pieces, rounded and at least one, are hidden;
-    a word that no longer fits into the slots is passed over. Of the pieces taken, 80 % become [MASK], 10 % a
-    random piece and 10 % stay as they are.
+    a word that no longer fits into the slots is passed over. Of a word that would not fit into empty ones, such as an
+    address, as many pieces as are still wanted are taken from a random one on, and from its beginning after its end,
+    so that none is hidden more often than another. Of the pieces taken, 80 % become [MASK], 10 % a random piece and
+    10 % stay as they are.
 
     Args:
         ids: (L,) int64, [CLS] pieces [SEP] and padding; at least one piece.
@@ -61,11 +63,12 @@ def mask_words(
     for first, stop in words:
         if len(places) >= target:
             break
-        if len(places) + stop - first <= num_slots:
+        size = stop - first
+        if size > num_slots:
+            skipped = int(draws[first + 1] * size)  # a draw that orders no word
+            places.extend(first + (skipped + n) % size for n in range(min(target, num_slots) - len(places)))
+        elif len(places) + size <= num_slots:
             places.extend(range(first, stop))
-    if not places:  # every word has more pieces than there are slots: hide the beginning of one
-        first = words[0][0]
-        places.extend(range(first, first + num_slots))
     places.sort()
 
     masked_ids = ids.copy()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_pipelines.decode import check_image
 from data_pipelines.errors import DataError, SampleError, cannot_open
+from data_pipelines.header import read_header
 from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest
 from data_pipelines.sample import IMAGE_EXTENSIONS, Sample
@@ -253,11 +254,4 @@ def _sample(row: Row) -> dict[str, bytes | str] | tuple[str, str]:
         return "bad metadata", "metadata holds half a character, a lone surrogate"
     except (TypeError, ValueError, RecursionError) as error:
         return "bad metadata", f"metadata cannot be written as JSON ({type(error).__name__})"
-    return {"__key__": f"{row.number:09d}", _extension(data): data, "txt": text.encode(), "json": metadata}
-
-
-def _extension(data: bytes) -> str:
-    # Of bytes that decode. A phone's multi-picture file (MPO) is a JPEG with more behind it.
-    if data.startswith(b"\xff\xd8"):
-        return "jpg"
-    return "png" if data.startswith(b"\x89PNG") else "webp"
+    return {"__key__": f"{row.number:09d}", read_header(data).extension: data, "txt": text.encode(), "json": metadata}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -166,8 +166,16 @@ def fits(rows: np.ndarray, entry: Shard) -> bool:
     return len(edges) == 0 or (edges[0] >= 0 and edges[-1] <= entry.bytes and bool(np.all(np.diff(edges) >= 0)))
 
 
-def iter_captions(manifest: Manifest, limit: int = MAX_TRAINING_CAPTIONS) -> Iterator[str]:
-    """Captions, all of them or `limit` spread evenly over the shards; bad ones are passed over."""
+def iter_captions(
+    manifest: Manifest, bad: Counter[str] | None = None, limit: int = MAX_TRAINING_CAPTIONS
+) -> Iterator[str]:
+    """Captions, all of them or `limit` spread evenly over the shards; bad ones are passed over.
+
+    Args:
+        manifest: Of the shards.
+        bad: Gets the reasons why captions were passed over.
+        limit: Captions to read, bad ones included.
+    """
     reader = ShardReader(manifest)
     chosen = (
         place
@@ -177,9 +185,14 @@ def iter_captions(manifest: Manifest, limit: int = MAX_TRAINING_CAPTIONS) -> Ite
     try:
         while places := list(islice(chosen, 4 * REMOTE_READS)):
             for sample in reader.read_all(*zip(*places, strict=True)):
-                with suppress(SampleError):
-                    if isinstance(sample, Sample):
-                        yield sample.caption()
+                try:
+                    caption = sample.caption() if isinstance(sample, Sample) else sample
+                except SampleError as error:
+                    caption = error
+                if isinstance(caption, str):
+                    yield caption
+                elif bad is not None:
+                    bad[str(caption)] += 1
     finally:
         reader.close()
 

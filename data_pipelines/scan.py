@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
 from data_pipelines.errors import SampleError
+from data_pipelines.header import size_of
 from data_pipelines.sample import Fault, Sample, fault_of, hash64, normalised_caption, parse_sample
 from data_pipelines.storage import ByteSource
 from data_pipelines.tar import TarError, iter_members, iter_samples, split_name
@@ -111,25 +109,13 @@ def iter_samples_of(source: ByteSource, rows: np.ndarray) -> Iterator[tuple[int,
             yield number, parse_sample("", source.read(start, stop - start))
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the header, or zeros where it cannot be read."""
-    try:
-        if data.startswith(b"\xff\xd8"):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return int(height), int(width)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return image.height, image.width
-    except Exception:  # Pillow's parsers raise whatever they like on damaged bytes
-        return 0, 0
-
-
 def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
     caption = sample.captions()[0]
     try:
         metadata = sample.metadata()
     except SampleError:
         metadata = {}
-    height, width = image_size(sample.image)
+    height, width = size_of(sample.image)
     score = metadata.get(names.score)
     uid = metadata.get("uid")
     return (

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -23,14 +20,13 @@ from tokenizers import Tokenizer as Backend
 
 from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.manifest import write_atomically
+from data_pipelines.sample import MAX_CAPTION_BYTES
+from data_pipelines.unspaced import UNSPACED
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPACE = "\u2581"  # sentencepiece's sign for the space that begins a word
-# Scripts written without spaces between words: kana, bopomofo, Han ideographs and their extensions.
-_CJK_RANGES = "\u3005-\u3007\u3040-\u312f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CJK = re.compile(f"[{_CJK_RANGES}]")
-_OTHER_LETTER = re.compile(rf"[^\W\d_{_CJK_RANGES}]")
+_UNKNOWN = "\u2585"  # sentencepiece's sign for what it does not know: it passes over captions that have it
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
 
 
@@ -128,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
         special = (self._processor.IsControl, self._processor.IsUnknown, self._processor.IsUnused)
         self.special_ids = frozenset(i for i in range(self.vocab_size) if any(is_kind(i) for is_kind in special))
         self._starts_word = np.array([piece.startswith(_SPACE) for piece in vocabulary])
-        self._is_word = np.array([_CJK.search(piece) is not None for piece in vocabulary])
+        self._is_word = np.array([UNSPACED.search(piece) is not None for piece in vocabulary])
         self._is_space = np.array([piece == _SPACE for piece in vocabulary])
 
     def pieces(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +156,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._as_text[list(self.special_ids)] = self.unk_id
         texts = self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
         self._is_fragment = np.array(["\ufffd" in text for text in texts])  # bytes of a character, but not all of them
-        self._is_word = np.array([_CJK.search(text) is not None for text in texts])
+        self._is_word = np.array([UNSPACED.search(text) is not None for text in texts])
         tokens = [self._backend.id_to_token(i) for i in range(self.vocab_size)]
         self._is_space = np.array([token in (_SPACE, "\u0120") for token in tokens])  # the latter's is GPT-2's
         self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -174,84 +170,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if not is_fragment.any():
             return ids, _split_words(starts, is_word, self._is_space[ids])
         firsts = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
-        is_fragment &= [_CJK.match(caption, first) is not None for first in firsts]
+        is_fragment &= [UNSPACED.match(caption, first) is not None for first in firsts]
         starts = _split_words(starts, is_word | is_fragment, self._is_space[ids])
         starts[1:] &= ~is_fragment[1:] | (np.diff(firsts) != 0)  # a character is not torn apart
         return ids, starts
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How a tokenizer suits captions. Shares are of 1."""
-
-    captions: int
-    unknown_share: float  # of the pieces
-    cut_share: float  # of the captions: longer than the text length
-    mean_pieces: float  # of a caption, without special tokens, as the four below
-    median_pieces: int
-    p95_pieces: int
-    p99_pieces: int
-    max_pieces: int
-    pieces_per_word: float | None  # in captions without CJK characters, words being what stands between spaces
-    pieces_per_cjk_character: float | None  # in captions with CJK characters and no other letters
-    vocabulary_share: float  # of the pieces of text: those that occur
-    unknown_characters: tuple[tuple[str, int], ...]  # the most frequent ones, and how often they occur
-
-
-def coverage(tokenizer: Tokenizer, captions: Iterable[str], text_length: int) -> Coverage:
-    """Measures a tokenizer on captions, which are read once and not kept.
-
-    Args:
-        tokenizer: To measure.
-        captions: As training reads them.
-        text_length: Tokens of a caption (L), [CLS] and [SEP] included.
-
-    Raises:
-        DataError: There are no captions.
-    """
-    lengths: Counter[int] = Counter()
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    is_unknown: dict[str, bool] = {}
-    unknown_characters: Counter[str] = Counter()
-    spaced, unspaced = [0, 0], [0, 0]  # pieces, and words or characters
-    for caption in captions:
-        ids, _ = tokenizer.pieces(caption)
-        lengths[len(ids)] += 1
-        np.add.at(counts, ids, 1)
-        if not _CJK.search(caption):
-            spaced[0] += len(ids)
-            spaced[1] += len(caption.split())
-        elif not _OTHER_LETTER.search(caption):
-            unspaced[0] += len(ids)
-            unspaced[1] += len(_CJK.findall(caption))
-        if tokenizer.unk_id in ids:
-            for character in caption:
-                if character not in is_unknown:
-                    is_unknown[character] = tokenizer.unk_id in tokenizer.pieces(character)[0]
-                unknown_characters[character] += is_unknown[character]
-    num_captions, num_pieces = lengths.total(), int(counts.sum())
-    if not num_captions:
-        raise DataError("There are no captions to measure the tokenizer on: give a manifest that has some.")
-    ordered = sorted(lengths)
-    reached = np.cumsum([lengths[length] for length in ordered])
-
-    def percentile(share: float) -> int:
-        return ordered[int(np.searchsorted(reached, math.ceil(share * num_captions)))]
-
-    return Coverage(
-        captions=num_captions,
-        unknown_share=int(counts[tokenizer.unk_id]) / max(1, num_pieces),
-        cut_share=sum(count for length, count in lengths.items() if length > text_length - 2) / num_captions,
-        mean_pieces=num_pieces / num_captions,
-        median_pieces=percentile(0.5),
-        p95_pieces=percentile(0.95),
-        p99_pieces=percentile(0.99),
-        max_pieces=ordered[-1],
-        pieces_per_word=spaced[0] / spaced[1] if spaced[1] else None,
-        pieces_per_cjk_character=unspaced[0] / unspaced[1] if unspaced[1] else None,
-        vocabulary_share=float(np.mean(counts[tokenizer.ordinary_ids] > 0)),
-        unknown_characters=tuple((c, n) for c, n in unknown_characters.most_common(20) if n),
-    )
 
 
 def train_sentencepiece(
@@ -265,9 +187,10 @@ def train_sentencepiece(
     Text is case-folded and normalised (NFKC): captions differ in case by accident. The special tokens are control
     symbols, which no caption can contain. A small corpus may fill fewer than `vocab_size` pieces.
 
+    A piece has 16 characters at most, and belongs to one script.
+
     Args:
-        captions: All are held in memory: 2,000,000 Chinese ones of 30 characters take 2.4 GiB and 40 s. Those
-            over 4,192 bytes are passed over.
+        captions: All are held in memory: 2,000,000 Chinese ones of 30 characters take 2.4 GiB and 40 s.
         path: File to write.
         vocab_size: Pieces, at most.
         character_coverage: Share of the text whose characters become pieces; the rarest others are unknown. Where a
@@ -275,18 +198,27 @@ def train_sentencepiece(
             0.9995, and 13 % at 1, which also keeps all that is rubbish.
 
     Raises:
-        DataError: There is too little text, or `vocab_size` is smaller than the alphabet.
+        DataError: There is no text, or `vocab_size` is smaller than the alphabet.
     """
-    model = io.BytesIO()
+    model, num_texts = io.BytesIO(), 0
+
+    def texts() -> Iterator[str]:
+        nonlocal num_texts
+        for caption in captions:
+            if text := " ".join(caption.replace(_UNKNOWN, " ").split()):
+                num_texts += 1
+                yield text
+
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(" ".join(caption.split()) for caption in captions),
+            sentence_iterator=texts(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             normalization_rule_name="nmt_nfkc_cf",
             character_coverage=character_coverage,
+            max_sentence_length=1 << 30,  # longer ones would be passed over in silence; its own limit is 4,192 bytes
             byte_fallback=False,
             num_threads=1,  # the sums of several threads would differ in their last digits
             pad_id=PAD,
@@ -298,12 +230,19 @@ def train_sentencepiece(
             bos_piece=_SPECIAL_PIECES[CLS],
             eos_piece=_SPECIAL_PIECES[SEP],
             control_symbols=[_SPECIAL_PIECES[MASK]],
-            minloglevel=2,
+            minloglevel=2,  # nothing that it warns of is left but fewer pieces than asked for, which the command tells
         )
     except (RuntimeError, ValueError) as error:
+        if not num_texts:
+            raise DataError("There is no text to train a tokenizer on: every caption is empty.") from None
+        if alphabet := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise DataError(
+                f"A tokenizer of {vocab_size:,} pieces is too small for these captions: give a --vocab-size of "
+                f"{int(alphabet[1]):,} or more, which is the number of their characters and the special tokens."
+            ) from None
         raise DataError(
-            f"No tokenizer of {vocab_size:,} pieces can be trained on these captions ({_last_words(error)}): "
-            f"give more captions or another --vocab-size."
+            f"No tokenizer of {vocab_size:,} pieces can be trained on these captions ({_last_words(error)}): give "
+            f"another --vocab-size."
         ) from None
     write_atomically(path, lambda tmp: tmp.write_bytes(model.getvalue()))
 
@@ -397,7 +336,10 @@ def _load_wrapper(path: Path):
 
     try:
         wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return wrapper, wrapper.backend_tokenizer
+        backend = wrapper.backend_tokenizer
+        if isinstance(backend.model, models.WordPiece):  # of more characters, 100 as saved, it makes one unknown piece
+            backend.model.max_input_chars_per_word = MAX_CAPTION_BYTES
+        return wrapper, backend
     except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception
         raise DataError(
             f"{path} holds no Hugging Face tokenizer with a tokenizer.json ({type(error).__name__}): save one "

@@ -29,11 +29,11 @@ from launch.environment import count_cores, count_gpus, missing, variables
 EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"
 
 MEANINGS = {
-    3: "no valid checkpoint to resume from",
+    3: "no valid checkpoint, or one of another run",
     4: "the configuration or the data needs mending, see the message above",
     5: "too many bad steps",
     7: "the layout does not take the steps of one process",
-    85: "saved; the same command goes on from there",
+    85: "saved what there was; the same command goes on from there",
 }
 
 

@@ -50,7 +50,10 @@ def main() -> None:
     )
     doctor.add_argument("config", type=Path, help="a YAML file; its data need not exist")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.tensor_parallel=2")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest  # argparse takes those behind an option for something else
 
     try:
         # Imported late: the other command's half of the toolkit, and torch for a wrong argument, are not needed.

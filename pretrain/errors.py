@@ -8,7 +8,7 @@ class ConfigError(UserError):
 
 
 class CheckpointError(UserError):
-    """No valid checkpoint where one is needed, or one that belongs to another model (exit code 3)."""
+    """No valid checkpoint where one is needed, or one of another run (exit code 3)."""
 
     exit_code = 3
 
@@ -20,7 +20,7 @@ class TrainingError(UserError):
 
 
 class StorageError(UserError):
-    """Checkpoints can no longer be written (exit code 4)."""
+    """The run's folder is in use, or checkpoints can no longer be written to it (exit code 4)."""
 
 
 class LayoutError(UserError):
@@ -30,6 +30,6 @@ class LayoutError(UserError):
 
 
 class StoppedError(UserError):
-    """Told to stop, and saved: the same command goes on from there (exit code 85)."""
+    """Told to stop, and saved what there was: the same command goes on from there (exit code 85)."""
 
     exit_code = 85

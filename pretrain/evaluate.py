@@ -6,32 +6,24 @@ so that a model that fits no single GPU is evaluated too.
 
 import contextlib
 import copy
-import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
-
 from data_pipelines.errors import DataError
 from data_pipelines.heldout import HeldoutData
-from data_pipelines.manifest import normalised, write_atomically
 from data_pipelines.tokenizer import Tokenizer
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.figures import BATCH, all_scores, encode, zero_shot
 from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh, is_launched, make_mesh, start_mesh, stop_mesh
-from pretrain.prompts import Prompts
 from pretrain.run_folder import kept_tokenizers
-from pretrain.scores import BATCH, Score, all_scores, encode, zero_shot
+from pretrain.scores import HELDOUT, Score, name_of, show, write
 from pretrain.screen import say
-
-HELDOUT = "heldout"  # the name of the split that the run's config names
+from pretrain.zero_shot import prompts_beside
 
 
 def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, overrides: Sequence[str] = ()) -> None:
@@ -49,7 +41,7 @@ def main(run_folder: Path, split: str, rerank: int, *, step: int | None = None, 
     engine = load_engine(config, mesh, data, checkpoint)
     if mesh.is_main and (complaint := data.complaint()):
         say(complaint)
-    prompts = Prompts.beside(data.manifest.path)
+    prompts = prompts_beside(data.manifest.path)
     encoded = encode(engine, mesh, data)
     scores, problems = all_scores(engine, mesh, data, encoded, rerank), []
     if prompts is not None and "text_embeddings" in encoded.tensors:
@@ -76,7 +68,7 @@ def open_run(run_folder: Path, step: int | None, overrides: Sequence[str]) -> tu
     checkpoint = store.newest_valid(quarantine=False, step=step)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
-    with _still_there(checkpoint):
+    with still_there(checkpoint):
         run = read_run(checkpoint)
     config = parse_config(copy.deepcopy(run["config"]), str(checkpoint), overrides)
     if not is_launched():
@@ -87,56 +79,24 @@ def open_run(run_folder: Path, step: int | None, overrides: Sequence[str]) -> tu
 
 def tell(run_folder: Path, checkpoint: Path, run: dict, data: HeldoutData, scores: list[Score]) -> list[str]:
     """Prints the scores and writes them beside the run. Returns what went wrong with the latter."""
-    name = name_of(data, run["config"]["data"]["heldout"])
+    name = name_of(data.manifest, run["config"]["data"]["heldout"])
     say(f"{run_folder}, step {run['step']}, {len(data)} pairs of {name}:")
-    table = Table()
-    for heading in ("", "score", "chance"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for score in scores:
-        table.add_row(score.name, f"{score.value:.3f}", f"{score.chance:.3f}")
-    with contextlib.suppress(OSError):
-        Console().print(table)
+    show(scores)
     path = run_folder / f"evaluation-{name}-step-{run['step']:09d}.json"
     try:
-        write_atomically(path, lambda tmp: tmp.write_text(report(checkpoint, data, scores)))
+        write(path, scores, checkpoint=checkpoint, data=data)
         say(f"Written to {path}.")
     except DataError as error:
         return [f"{error} The figures above are complete."]
     return []
 
 
-def report(checkpoint: Path, data: HeldoutData, scores: list[Score]) -> str:
-    """The scores, and what they were measured on, as JSON."""
-    figures = {
-        score.name: {"value": score.value if math.isfinite(score.value) else None, "chance": score.chance}
-        for score in scores
-    }
-    content = {
-        "checkpoint": str(checkpoint),
-        "manifest": str(data.manifest.path),
-        "manifest_hash": data.manifest.hash,
-        "samples": len(data),
-        "bad_samples": len(data.bad),
-        "scores": figures,
-    }
-    return json.dumps(content, indent=1, allow_nan=False)
-
-
-def name_of(data: HeldoutData, heldout: str | None) -> str:
-    """The name of a split in messages and files: no two manifests have the same."""
-    if heldout is not None and data.manifest.path == normalised(Path(heldout)):
-        return HELDOUT
-    return f"{data.manifest.path.parent.name}-{data.manifest.hash[:8]}"
-
-
 @contextlib.contextmanager
-def _still_there(checkpoint: Path) -> Iterator[None]:
+def still_there(checkpoint: Path) -> Iterator[None]:
     """A live run removes old checkpoints, also one that is being read."""
     try:
         yield
-    except (OSError, SafetensorError):
-        if checkpoint.exists():
-            raise
+    except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} was removed while it was read, as a run does that goes on: evaluate again, or raise "
             f"checkpoint.keep."
@@ -174,7 +134,7 @@ def load_engine(config: Config, mesh: Mesh, data: HeldoutData, checkpoint: Path)
     """The model on its layout, with a checkpoint's weights."""
     vocabulary = Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id)
     engine = build_engine(config, mesh, vocabulary=vocabulary, micro_batch_per_rank=BATCH)
-    with _still_there(checkpoint):
+    with still_there(checkpoint):
         CheckpointStore(checkpoint.parent, mesh.world, keep=2).load(checkpoint, engine.fragments())
     engine.loaded(0)
     return engine

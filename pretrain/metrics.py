@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class Metrics:
         """`first_step` is the step the run goes on from: what an interrupted start wrote beyond it goes."""
         self.steps = config.training.steps
         self.folder = config.output
+        threading.excepthook = _without_boards
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
             # Two runs to TensorBoard, so that curves of one name share a card.
@@ -145,6 +147,12 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _without_boards(arguments: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread dies of a full disk with a traceback. What is written next raises the error, and is told."""
+    if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(arguments)
 
 
 def card(name: str) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 from data_pipelines.batch import Batch
 from data_pipelines.errors import UserError
 from data_pipelines.heldout import HeldoutData
+from pretrain.figures import EMBEDDINGS
 from pretrain.models.model import Report, report
 from pretrain.parallel.engine import Engine, by_name, totals
 from pretrain.parallel.mesh import ALONE, Mesh
 from pretrain.retrieval import Gallery
-from pretrain.scores import EMBEDDINGS
 from pretrain.stopping import Interrupted, Stop
 
 

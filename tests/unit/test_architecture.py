@@ -43,6 +43,8 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
     ),
+    "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
+    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest"),
     "pretrain.stopping": (),
     "pretrain.screen": (),
     "pretrain.parallel": (

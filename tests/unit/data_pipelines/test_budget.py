@@ -6,7 +6,7 @@ from data_pipelines.batch import BadSample
 from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
 
-BAD = BadSample("data/00003.tar", "000123", "image cannot be decoded (OSError)")
+BAD = BadSample("data/00003.tar", "000123", "image cannot be decoded: it is cut short")
 
 
 def test_a_run_goes_on_until_both_allowances_are_used_up():

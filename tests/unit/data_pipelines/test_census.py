@@ -115,6 +115,16 @@ def test_exact_duplicates_are_counted_over_all_shards(tmp_path: Path):
     assert [group.tolist() for group in census.groups(1, 5)] == [[[0, 0], [1, 1]]]
 
 
+def test_sizes_are_those_of_the_turned_image(tmp_path: Path):
+    image, out = Image.open(io.BytesIO(jpeg(0, 30, 90))), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image.save(out, "JPEG", exif=exif)
+    write_shard(tmp_path / "a.tar", [member(0) | {"jpg": out.getvalue()}])
+    measured = census_of(tmp_path).measured
+    assert (measured["width"].most, measured["height"].most, measured["aspect"].most) == (30, 90, 33)
+
+
 def test_unusable_samples_are_counted_by_reason_and_those_that_filters_left_out_apart(tmp_path: Path):
     bad: list[Members] = [
         {"__key__": "a", "txt": b"x"},
@@ -123,7 +133,7 @@ def test_unusable_samples_are_counted_by_reason_and_those_that_filters_left_out_
         member(3) | {"txt": b""},
     ]
     write_shard(tmp_path / "a.tar", [*bad, member(4), member(5) | {"txt": b"long " * 50}])
-    expected = {"no image": 1, "caption is not UTF-8": 1, "the header of the image cannot be read": 1}
+    expected = {"no image": 1, "caption is not UTF-8": 1, "image cannot be decoded: it is no JPEG, PNG or WebP": 1}
     expected[Fault.EMPTY_CAPTION.reason] = 1
     census = census_of(tmp_path)
     assert (census.unusable, census.samples, census.left_out) == (expected, 2, 0)

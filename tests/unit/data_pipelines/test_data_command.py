@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import Corpus, jpeg
+from corpus import Corpus, Members, jpeg, make_corpus
 
+from data_pipelines import reader
 from data_pipelines.__main__ import main
+from data_pipelines.command_line import parser
 from data_pipelines.manifest import Manifest
 from data_pipelines.shards import write_shard
 from data_pipelines.storage import describe
 from data_pipelines.tokenizer import Tokenizer, export_tokenizer
+from pretrain.config import SIZES
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,6 +45,33 @@ def test_tokenizer_trains_on_the_captions_of_a_manifest_and_exports(corpus: Corp
     assert main(arguments) == 0
     ours, theirs = Tokenizer.load(model), Tokenizer.load(folder)
     assert ours.encode("red circle", 9)[0].tolist() == theirs.encode("red circle", 9)[0].tolist()
+
+
+def test_fewer_pieces_than_asked_for_and_captions_passed_over_are_told(
+    tmp_path: Path, tokenizer_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def spoil(index: int, members: Members) -> Members:
+        return members | {"txt": {3: b"\xff", 4: b"x" * 100_000}.get(index, members["txt"])}
+
+    spoilt, model = make_corpus(tmp_path, tokenizer_path, (12,), spoil), tmp_path / "t.model"
+    assert main(["tokenizer", str(spoilt.manifest), "-o", str(model), "--vocab-size", "16000"]) == 0
+    out, err = capfd.readouterr()
+    assert re.search(
+        r"t\.model: \d+ pieces\nFewer than the 16,000 asked for: every word of these captions is a piece", out
+    )
+    for words in ("captions passed over:", "caption is not UTF-8", "caption of 100,000 bytes is longer than 65,536"):
+        assert words in err
+    monkeypatch.setattr(reader, "MAX_TRAINING_CAPTIONS", 10)
+    assert main(["coverage", str(model), str(spoilt.manifest)]) == 0
+    out, err = capfd.readouterr()
+    assert "10 of 12 captions were read, spread evenly" in out
+    assert re.search(r"\d captions, of which are cut: 0\.00% at 24, 0\.00% at 32, 0\.00% at 64 tokens", out)
+    assert "captions passed over:" in err
+
+
+def test_coverage_looks_at_the_text_lengths_of_every_size():
+    lengths = parser().parse_args(["coverage", "a", "b"]).text_length
+    assert {size["text"]["length"] for size in SIZES.values()} < set(lengths)
 
 
 def test_an_error_is_one_line_without_a_traceback_and_exit_code_4(tmp_path: Path):
@@ -268,8 +298,8 @@ def test_an_adopted_tokenizer_is_measured_on_a_manifest(
     assert "no token was added" in capfd.readouterr().out
     assert main(["coverage", str(tmp_path / "ours"), str(corpus.manifest), "--text-length", "12"]) == 0
     out = capfd.readouterr().out
-    assert re.search(r"164 captions, of which \d+\.\d\d% are cut at 12 tokens", out)
-    assert "pieces a word" in out
+    assert re.search(r"164 captions, of which are cut: \d+\.\d\d% at 12 tokens", out)
+    assert "pieces per word" in out
 
 
 def test_a_font_without_emoji_is_refused_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -87,6 +87,21 @@ def test_each_filter_keeps_exactly_the_right_samples_and_counts_the_others_by_th
     assert manifest.samples == len(kept)
 
 
+@pytest.mark.parametrize(("min_size", "max_aspect"), [(1, 0.0), (0, 99.0), (40, 2.0)])
+def test_a_size_that_is_unknown_is_a_reason_of_its_own_and_stray_bytes_hide_none(
+    tmp_path: Path, min_size: int, max_aspect: float
+):
+    whole = sample("a")
+    image = whole["jpg"]
+    assert isinstance(image, bytes)
+    stray = sample("b") | {"jpg": image[:20] + b"\0\0" + image[20:]}
+    manifest, report = index(
+        tmp_path, [[whole, stray, sample("c") | {"jpg": b"junk"}]], min_size=min_size, max_aspect=max_aspect
+    )
+    assert keys(manifest) == "ab"
+    assert report.filtered == {"size of the image unknown": 1}
+
+
 def test_the_uids_of_a_datacomp_list_are_kept_and_no_others(tmp_path: Path):
     wanted = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in (UIDS[3], UIDS[1])]
     np.save(tmp_path / "uids.npy", np.array(wanted, dtype="u8,u8"))

@@ -144,6 +144,19 @@ def test_a_page_tells_sizes_problems_and_duplicates(tmp_path: Path):
     assert page.tags.count("svg") == 7
 
 
+def test_a_picture_stands_upright(tmp_path: Path):
+    image, exif, out = Image.new("RGB", (80, 60), "blue"), Image.Exif(), io.BytesIO()
+    image.paste("red", (0, 0, 40, 60))
+    exif[0x0112] = 6  # a viewer shows red above blue
+    image.save(out, "PNG", exif=exif)
+    write_shard(tmp_path / "a.tar", [{"__key__": "a", "png": out.getvalue(), "txt": b"red above blue"}])
+    (picture,) = inspected(tmp_path, scratch=tmp_path).pictures
+    assert (picture.width, picture.height) == (60, 80)
+    width, height = picture.thumbnail.size
+    top, bottom = (picture.thumbnail.getpixel((width // 2, at)) for at in (height // 8, height * 7 // 8))
+    assert (top, bottom) == ((255, 0, 0), (0, 0, 255))
+
+
 def test_a_corpus_in_which_no_image_decodes_still_has_a_page(tmp_path: Path):
     write_shard(tmp_path / "a.tar", [member(0) | {"jpg": b"junk"}])
     arguments = ["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--processes", "1"]

@@ -99,6 +99,31 @@ def test_every_word_is_hidden_equally_often():
     assert counts[1:11] == pytest.approx(np.full(10, 800), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "long"),
+    [
+        ([60] + [10] * 9, range(1, 11)),  # an address of ten pieces, for which there are four slots
+        ([60] + [10] * 21, range(1, 23)),
+        ([60] + [10] * 40, range(1, 23)),  # and one that is cut
+        ([60, 61, 62] + [10] * 9 + [63], range(3, 13)),
+        ([60] + [10] * 6 + [61] + [10] * 6, range(1, 15)),
+        ([60] + [10] * 4, range(1, 6)),
+    ],
+)
+def test_of_a_word_longer_than_the_slots_each_piece_is_hidden_equally_often(pieces: list[int], long: range):
+    counts, hidden = np.zeros(LENGTH), set()
+    for position in range(4000):
+        _, _, _, positions, targets = mask(pieces, position=position)
+        places = positions[targets != IGNORE]
+        assert len(places) == max(1, round(0.15 * min(len(pieces), LENGTH - 2))), "no more than are wanted"
+        counts[places] += 1
+        hidden.add(tuple(places.tolist()))
+    expected = counts[long.start : long.stop].mean()
+    assert expected > 200
+    assert counts[long.start : long.stop] == pytest.approx(np.full(len(long), expected), rel=0.2)
+    assert len(hidden) >= len(long)
+
+
 def test_a_mask_depends_on_seed_and_position_alone():
     pieces = list(range(60, 80))
     first = mask(pieces, position=5)

@@ -101,7 +101,7 @@ def test_bad_rows_are_listed_with_row_and_reason_and_summed_up(
     assert main(["pack", str(tmp_path / "t.csv"), str(tmp_path / "out"), *options]) == 0
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {row["row"]: row["reason"].partition(" (")[0] for row in rejected} == {
-        1: "image cannot be decoded",
+        1: "image cannot be decoded: it is no JPEG, PNG or WebP",
         2: "image cannot be read: No such file or directory",
         3: "caption is empty",
         4: "image cannot be read: Is a directory",

@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from data_pipelines.coverage import coverage
 from data_pipelines.errors import DataError
-from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer, coverage, export_tokenizer, train_sentencepiece
+from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer, export_tokenizer, train_sentencepiece
 
 CAPTIONS = [
     *(caption(index) for index in range(200)),
@@ -124,6 +125,75 @@ def test_a_space_belongs_to_the_word_after_it_even_as_a_piece_of_its_own(mixed: 
     assert mixed.pieces("圆")[0].size == 2  # the space that begins a text, and the character
     assert words(mixed, "圆") == [2]
     assert words(mixed, "red 圆") == [1, 2]
+
+
+UNSPACED = {
+    "Thai": "แมวสีดำนั่งอยู่บนโซฟา",
+    "Lao": "ແມວສີດຳນັ່ງຢູ່ເທິງໂຊຟາ",
+    "Khmer": "ឆ្មាខ្មៅអង្គុយលើសាឡុង",
+    "Burmese": "ကြောင်နက်တစ်ကောင်",
+    "Tibetan": "ཞི་མི་ནག་པོ་ཞིག་ཁྲི་སྟེང་དུ་བསྡད་ཡོད།",
+    "Javanese": "ꦏꦸꦕꦶꦁꦲꦶꦉꦁ",
+    "Balinese": "ᬫᬾᬂᬲᭂᬮᭂᬫ᭄",
+    "Tai Le": "ᥛᥥᥝᥴᥘᥛᥴ",
+    "New Tai Lue": "ᦶᦙᧁᦡᧄ",
+    "Tai Tham": "ᨾᩯ᩠ᩅᨯᩣᩴ",
+    "Tai Viet": "ꪵꪣꪫꪒꪾ",
+    "Chinese": "一只黑猫坐在客厅的沙发上",
+    "Japanese": "黒い猫がソファーの上に座っている人々",
+    "Bopomofo": "ㄇㄠㄏㄟㄙㄜ",
+    "Yi": "ꀉꀊꀋꀌꀍ",
+    "emoji": "🌅🌊🐱👍🏿🏖️",
+}
+SPACED = {
+    "English": "sleeping",
+    "accents": "nai\u0308vete\u0301",
+    "Russian": "кошка",
+    "Greek": "γάτα",
+    "Arabic": "القطة",
+    "Hebrew": "חתול",
+    "Hindi": "बिल्ली",
+    "Tamil": "பூனை",
+    "Korean": "고양이가",
+    "Amharic": "ድመት",
+    "Vietnamese": "ngôi",
+}
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Knows the letters of many scripts, and no words."""
+    path = tmp_path_factory.mktemp("letters") / "t.model"
+    texts = [*UNSPACED.values(), *SPACED.values()]
+    alphabet = len({character for text in texts for character in unicodedata.normalize("NFKC", text.casefold())})
+    train_sentencepiece([" ".join(text) for text in texts], path, alphabet + 30, character_coverage=1.0)
+    return Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_in_scripts_without_spaces_every_piece_is_a_word(script: str, letters: Tokenizer):
+    for text, begun in ((UNSPACED[script], 0), (f"sleep {UNSPACED[script]}", 1)):
+        sizes = words(letters, text)
+        assert letters.unk_id not in letters.pieces(text)[0]
+        assert max(sizes[begun:]) <= 2, "a piece, or the space at the beginning and a piece"
+        assert sizes[begun + 1 :].count(1) == len(sizes) - begun - 1
+
+
+@pytest.mark.parametrize("script", SPACED)
+def test_in_scripts_with_spaces_a_word_is_one(script: str, letters: Tokenizer):
+    text = SPACED[script]
+    assert len(words(letters, f"{text} {text}")) == 2
+    mixed = f"{UNSPACED['Thai']} {text} {UNSPACED['Thai']}"
+    assert max(words(letters, mixed)) == words(letters, f"x {text}")[1], "between words of one piece"
+
+
+def test_a_word_too_long_for_bert_is_not_unknown(tmp_path: Path):
+    bert().save_pretrained(tmp_path / "in")
+    tokenizer = Tokenizer.load(tmp_path / "in")
+    for text in ("red" * 100, "a" * 9000):
+        pieces, _ = tokenizer.pieces(text)
+        assert tokenizer.unk_id not in pieces
+        assert len(pieces) > 50
 
 
 def test_a_latin_word_between_chinese_characters_is_a_word_of_its_own(mixed: Tokenizer):
@@ -276,13 +346,49 @@ def test_a_hugging_face_tokenizer_without_a_mask_is_refused(exported: Path, tmp_
         Tokenizer.load(tmp_path / "t")
 
 
-def test_no_text_to_train_on_is_an_error_that_says_so(tmp_path: Path):
-    with pytest.raises(DataError, match=r"No tokenizer of 60 pieces can be trained .*: give more captions or another"):
-        train_sentencepiece([], tmp_path / "t.model", 60)
-    with pytest.raises(DataError, match="No tokenizer of 99,999,999,999 pieces"):
-        train_sentencepiece(["a b"], tmp_path / "t.model", 99_999_999_999)
-    with pytest.raises(DataError, match="No tokenizer of 6 pieces"):
-        train_sentencepiece(CAPTIONS[:50], tmp_path / "t.model", 6)
+@pytest.mark.parametrize(
+    ("captions", "size", "sentence"),
+    [
+        ([], 60, "There is no text to train a tokenizer on: every caption is empty."),
+        (["", " \t", "\u2585"], 60, "There is no text to train a tokenizer on: every caption is empty."),
+        (
+            ["a b"],
+            99_999_999_999,
+            r"No tokenizer of 99,999,999,999 pieces can be trained .*: give another --vocab-size",
+        ),
+        (["abc def"], 6, r"of 6 pieces is too small for these captions: give a --vocab-size of 12 or more, which is"),
+    ],
+)
+def test_what_no_tokenizer_can_be_made_of_is_told_in_one_sentence(
+    captions: list[str], size: int, sentence: str, tmp_path: Path
+):
+    with pytest.raises(DataError, match=sentence):
+        train_sentencepiece(captions, tmp_path / "t.model", size)
+    if "12 or more" in sentence:
+        train_sentencepiece(captions, tmp_path / "t.model", 12)
+
+
+ZH = "".join(chr(0x4E00 + number) for number in range(1500))
+LONG = {
+    "4,500 bytes without a space": [ZH],
+    "beside short ones": [ZH, *["a red circle"] * 20],
+    "100,000 bytes without a space": [ZH * 22],
+    "70,000 letters without a space": ["abc" * 23_000 + "xyz"],
+    "6,000 bytes of words": ["a red circle and a blue star " * 200 + "xyz"],
+    "only one of 4,193 bytes": ["x" * 4192 + "y"],
+    "a sign of sentencepiece's own": [f"{character} \u2585\u2581 w" for character in ZH[:40]],
+    "control characters": ["red\x01circle\x05 xyz"],
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_no_caption_is_too_long_to_be_learned_from(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    train_sentencepiece(LONG[name], tmp_path / "t.model", 4000, character_coverage=1.0)
+    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    for text in LONG[name]:
+        known = text.replace("\u2585", "").replace("\u2581", "")
+        assert tokenizer.unk_id not in tokenizer.pieces(known)[0]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_tokenizer_that_cannot_be_opened_is_an_error_in_one_sentence(
@@ -390,7 +496,7 @@ def test_an_adopted_tokenizer_has_every_special_token_and_its_pieces_as_they_wer
 
 
 @pytest.mark.parametrize("make", [gpt2, clip, bert])
-def test_the_bytes_of_a_chinese_character_are_one_word_whatever_the_tokenizer(make, tmp_path: Path):
+def test_the_bytes_of_a_character_are_one_word_whatever_the_tokenizer(make, tmp_path: Path):
     make().save_pretrained(tmp_path / "in")
     adopt_tokenizer(tmp_path / "in", tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out")
@@ -398,6 +504,11 @@ def test_the_bytes_of_a_chinese_character_are_one_word_whatever_the_tokenizer(ma
     found = words(tokenizer, "圆圈red手机")
     assert (len(found), found[:2], found[3:]) == (5, [size] * 2, [size] * 2)
     assert words(tokenizer, "圆 圆")[1] in (size, 1 + size)  # with a piece for the space, or without
+    if make is not bert:
+        for text in UNSPACED.values():
+            characters = text.replace("\ufe0f", "")
+            expected = [len(character.encode()) for character in characters]
+            assert words(tokenizer, characters) == expected
     assert len(words(tokenizer, "naïve")) == 1
 
 
@@ -422,13 +533,13 @@ def test_adopting_overwrites_nothing_and_needs_a_tokenizer(tmp_path: Path):
 def test_coverage_counts_pieces_words_characters_and_what_is_unknown(mixed: Tokenizer):
     captions = ["a red circle"] * 96 + ["一只手机。", "雪雪 wx", "a red star a red star", "a blue star 红色"]
     sizes = [mixed.pieces(text)[0].size for text in captions]
-    found = coverage(mixed, captions, 6)
+    found = coverage(mixed, captions, [6, 3, 99])
     assert (found.captions, found.mean_pieces, found.max_pieces) == (100, sum(sizes) / 100, max(sizes))
     assert (found.median_pieces, found.p95_pieces) == (3, 3)
     assert found.p99_pieces == sorted(sizes)[98]
-    assert found.cut_share == sum(size > 4 for size in sizes) / 100
+    assert found.cut_shares == tuple(sum(size > most for size in sizes) / 100 for most in (4, 1, 97))
     assert found.pieces_per_word == 1.0  # of those without Chinese
-    assert found.pieces_per_cjk_character == sizes[96] / 4  # of the one that is Chinese alone
+    assert found.pieces_per_unspaced_letter == sizes[96] / 4  # of the one that is Chinese alone
     unknown = sum(mixed.pieces(text)[0].tolist().count(mixed.unk_id) for text in captions)
     assert unknown > 0
     assert found.unknown_share == unknown / sum(sizes)
@@ -438,10 +549,10 @@ def test_coverage_counts_pieces_words_characters_and_what_is_unknown(mixed: Toke
 
 
 def test_coverage_knows_no_ratio_of_what_does_not_occur(mixed: Tokenizer):
-    assert coverage(mixed, ["红色"], 6).pieces_per_word is None
-    assert coverage(mixed, ["red"], 6).pieces_per_cjk_character is None
+    assert coverage(mixed, ["红色"], [6]).pieces_per_word is None
+    assert coverage(mixed, ["red"], [6]).pieces_per_unspaced_letter is None
     with pytest.raises(DataError, match="no captions to measure the tokenizer on: give a manifest"):
-        coverage(mixed, [], 6)
+        coverage(mixed, [], [6])
 
 
 def test_coverage_keeps_no_captions(mixed: Tokenizer):
@@ -449,7 +560,7 @@ def test_coverage_keeps_no_captions(mixed: Tokenizer):
         yield from (f"a red circle {number}" * 20 for number in range(1000))
 
     tracemalloc.start()
-    coverage(mixed, captions(), 6)
+    coverage(mixed, captions(), [6])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000  # bytes; the captions have 300,000

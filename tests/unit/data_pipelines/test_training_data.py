@@ -22,7 +22,7 @@ from data_pipelines.batch import IGNORE, Batch
 from data_pipelines.errors import DataError
 from data_pipelines.loader import TrainingData
 from data_pipelines.mixture import DataState
-from data_pipelines.workers import BatchDataset, stream
+from data_pipelines.workers import BatchDataset, stream, usable_workers
 
 Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
 
@@ -72,7 +72,6 @@ def test_ranks_and_accumulation_give_the_same_pixels_tokens_and_masks(
     assert global_steps(corpus, start, 14, dp_size, accumulation) == whole[:14]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_worker_processes_give_the_same_batches_in_the_same_order(corpus: Corpus, workers: int):
     data = corpus.training(global_batch=8)
@@ -279,9 +278,13 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(corpus: Corpus
         list(islice(batches, 20))
 
 
-def run_training(corpus: Corpus, folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+def run_training(
+    corpus: Corpus, folder: Path, body: str, wrapper: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Runs `body` in a process of its own that has been fed one batch by two workers."""
-    (folder / "run.py").write_text(f"""
+    return run_script(
+        folder,
+        f"""
 import multiprocessing, os, signal
 from corpus import Corpus
 from pathlib import Path
@@ -291,16 +294,90 @@ if __name__ == "__main__":
     batches = data.batches(data.initial_state())
     next(batches)
 {textwrap.indent(body, "    ")}
-""")
+""",
+        wrapper,
+    )
+
+
+def run_script(folder: Path, script: str, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    (folder / "run.py").write_text(script)
     return subprocess.run(
-        [sys.executable, str(folder / "run.py")],
+        [*wrapper, sys.executable, str(folder / "run.py")],
         env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[3]}:{Path(__file__).parent}"},
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=60,
+        timeout=100,  # a hang
         check=False,
     )
+
+
+SMALL_SHM = (
+    "unshare",
+    "--map-root-user",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=$0 none /dev/shm && exec "$@"',
+)
+FEW_FILES = ("sh", "-c", 'ulimit -n $0 && exec "$@"')
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "words"),
+    [
+        ((*SMALL_SHM, "64k"), "A data worker cannot hand over a batch: /dev/shm is full"),
+        ((*SMALL_SHM, "4k"), "Data workers cannot be started: /dev/shm is full"),
+        ((*FEW_FILES, "36"), "too many files are open"),
+        ((*FEW_FILES, "12"), "Data workers cannot be started: too many files are open"),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_is_one_sentence_within_seconds(
+    corpus: Corpus, tmp_path: Path, wrapper: tuple[str, ...], words: str
+):
+    """It was lost between two processes, and the trainer waited for it for ever."""
+    ran = run_training(corpus, tmp_path, "for _ in range(40): next(batches)", wrapper)
+    if "unshare:" in ran.stderr or "mount:" in ran.stderr:
+        pytest.skip(f"no small /dev/shm can be mounted here: {ran.stderr.strip()}")
+    last = ran.stderr.strip().splitlines()[-1]
+    assert words in last
+    assert ". Lower data.workers (2 per rank), or " in last
+    assert ran.stderr.count("Traceback") == 1  # of this script
+
+
+class Silent(BatchDataset):
+    """Data that never comes."""
+
+    def make(self, key: object) -> None:
+        time.sleep(999)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_request_to_stop_is_heard_while_data_does_not_come(tmp_path: Path, workers: int):
+    ran = run_script(
+        tmp_path,
+        f"""
+import os, signal, threading, time
+from data_pipelines.workers import stream
+from pretrain.stopping import Interrupted, Stop
+from test_training_data import Silent
+if __name__ == "__main__":
+    stop, batches = Stop(), stream(Silent(), range(9), {workers})
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with stop.interrupting():
+            next(batches)
+    except Interrupted:
+        batches.close()
+        print("heard", stop.requested)
+""",
+    )
+    assert ran.stdout == "heard True\n", ran.stderr
+
+
+def test_no_more_workers_start_than_there_are_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    assert [usable_workers(wanted) for wanted in (0, 2, 3, 64)] == [0, 2, 3, 3]
 
 
 def test_the_sigterm_of_a_jobs_end_leaves_the_workers_alive_and_a_crash_does_not_wait_for_them(

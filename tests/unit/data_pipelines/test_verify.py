@@ -17,7 +17,7 @@ from data_pipelines.verify import CHANGED, MISSING, WRONG_COUNT, WRONG_INDEX, WR
 
 SPOILED: dict[int, tuple[Members, str]] = {  # number of a sample -> what is changed, and the reason to be given
     3: ({"jpg": jpeg(3)[:300]}, "image cannot be decoded"),
-    5: ({"jpg": b"GIF89a"}, "image cannot be decoded"),
+    5: ({"jpg": b"GIF89a"}, "GIF is not supported"),
     6: ({"txt": b"\xff\xfe\xfd"}, "caption is not UTF-8"),
     8: ({"txt": b"x" * 70_000}, "caption of 70,000 bytes is longer than 65,536"),
     9: ({"txt": b" \n"}, "caption is empty"),
@@ -67,7 +67,7 @@ def test_index_leaves_out_what_verify_listed_and_then_there_is_no_problem(
     assert len(listing.read_text().splitlines()) == len(SPOILED)
     out = capfd.readouterr().out
     assert "12 samples in 2 shards: 5 problems" in out
-    assert "image cannot be decoded (" in out
+    assert "image cannot be decoded: " in out
     index = ["index", str(tmp_path), "-o", str(corpus.manifest), "--exclude", str(listing), "--processes", "1"]
     assert main(index) == 0
     assert Manifest.load(corpus.manifest).samples == 7

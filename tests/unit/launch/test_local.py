@@ -172,7 +172,7 @@ def test_a_signal_lets_the_ranks_save_however_often_it_comes(folder: Path, name:
         process.send_signal(signal.SIGTERM)
     code, _, last = finish(process)
     assert code == 85
-    assert last == "launch: stopped as asked; exit code 85 (saved; the same command goes on from there)"
+    assert last == "launch: stopped as asked; exit code 85 (saved what there was; the same command goes on from there)"
     assert not any(is_running(pid) for pid in pids)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.store import CheckpointStore, read_run
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
 from pretrain.parallel.tensor import whole
@@ -213,3 +213,13 @@ def test_what_is_swept_is_what_a_save_left_and_nothing_that_resembles_it(store):
     mine.mkdir()
     store.sweep()
     assert mine.is_dir()
+
+
+def test_a_checkpoint_that_is_damaged_and_cannot_be_moved_away_is_one_sentence(store):
+    store.save(1, state(1), {})
+    (store.folder / "step-000000001" / "COMMIT").write_text("x")
+    (store.folder / "quarantine").touch()
+    with pytest.raises(
+        StorageError, match=r"step-000000001 is not whole \(COMMIT is not .*\), and cannot be moved away"
+    ):
+        store.newest_valid()
