@@ -19,7 +19,7 @@ demo: .venv/.installed ## Train a small model on made-up data, on the CPU if nee
 	@$(RUN) launch local configs/demo.yaml
 	@echo "== 3/3 Evaluating runs/demo on held-out data"
 	@$(RUN) pretrain evaluate runs/demo --split heldout
-	@echo "== To see the curves: .venv/bin/tensorboard --logdir runs/demo"
+	@echo "== To see the curves: .venv/bin/tensorboard --logdir runs"
 
 test: lint ## Lint, check types and run all tests
 	@echo "== Tests"

@@ -165,6 +165,8 @@ def _exchange_lines(plan: Plan) -> list[str]:
         ]
         for each in plan.exchanges
     ]
+    if not rows:
+        return ["nothing is exchanged: there is one rank"]
     return _table(["exchanged in a step", "kind", "axis, link", "GB", "s", "exposed s"], rows)
 
 

@@ -227,6 +227,12 @@ def test_tensor_parallel_stays_on_nvlink_and_data_parallel_leaves_the_node():
     assert {each.link for each in one_node.exchanges} == {"NVLink"}
 
 
+def test_one_gpu_has_a_plan_and_exchanges_nothing(capsys):
+    code, said = run(capsys, REPOSITORY / "configs/small.yaml", cluster=Cluster(1, 1, GPUS["h100"]))
+    assert code == 0
+    assert "nothing is exchanged: there is one rank" in said
+
+
 def test_any_gpu_can_be_described():
     assert find_gpu("H200").memory_gib == 139
     assert find_gpu("b1:2000:180:900:100").network_gb_s == 100
