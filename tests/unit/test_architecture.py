@@ -43,7 +43,8 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.accounting": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
-    "pretrain.config": ("pretrain.errors", "data_pipelines.config"),
+    "pretrain.config": ("pretrain.config_text", "pretrain.errors", "data_pipelines.config"),
+    "pretrain.config_text": ("pretrain.errors",),  # of any schema
     "pretrain.errors": ("data_pipelines.errors",),
     "pretrain": (),
     "data_pipelines": (),
