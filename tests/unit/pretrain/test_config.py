@@ -58,8 +58,8 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
         (
             "objectives.matching.pool=24",
             "objectives.matching.pool 24 neither divides data.grain 16 (the default) nor is a multiple of it that "
-            "divides the 64 samples of a micro-step (training.global_batch 64 / training.accumulation 1 (the default)): "
-            "sizes that fit are 2, 4, 8, 16, 32, 64.",
+            "divides the 64 samples of a micro-step (training.global_batch 64 / training.accumulation 1 (the default))"
+            ": sizes that fit are 2, 4, 8, 16, 32, 64.",
         ),
         ("objectives.contrastive.temperature=2", "temperature 2.0 is not between min_temperature 0.01 and"),
         ("optimizer.warmup_steps=100", "optimizer.warmup_steps 100 is not below training.steps 100: shorten the"),
