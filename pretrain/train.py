@@ -56,10 +56,14 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
 
 
 def stop_on_signal(trainer: Trainer) -> None:
-    """Ctrl-C, and SIGTERM, which a launcher and Slurm send, end the run after the current step, saved."""
+    """Ctrl-C, and SIGTERM, which a launcher and Slurm send, end the run after the current step, saved.
+
+    One that was ignored when the run started, as a shell ignores Ctrl-C for its background jobs, stays ignored.
+    """
 
     def request(number: int, frame: object) -> None:
         trainer.stop_requested = True
 
-    signal.signal(signal.SIGTERM, request)
-    signal.signal(signal.SIGINT, request)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, request)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,20 +66,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launch(folder: Path, *words: str) -> subprocess.Popen[str]:
+def launch(folder: Path, *words: str, module: str = "launch", **options: Any) -> subprocess.Popen[str]:
     """Start `python -m launch` as if from a shell without GPUs."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", *words],
+        [sys.executable, "-m", module, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
-def local(folder: Path, behaviour: str) -> subprocess.Popen[str]:
-    return launch(folder, "local", "x.yaml", "--nproc", "2", behaviour)
+def local(folder: Path, behaviour: str, **options: Any) -> subprocess.Popen[str]:
+    return launch(folder, "local", "x.yaml", "--nproc", "2", behaviour, **options)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -186,3 +188,28 @@ def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(folder: Path):
     code, _, _ = finish(process)
     assert code == 143
     assert not any(is_running(pid) for pid in pids)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(folder: Path):
+    """As by `nohup ... &`, whose terminal is closed, and Ctrl-C in a shell that runs it in the background."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = local(folder, "save", preexec_fn=ignore)
+    pids = started_pids(process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert all(is_running(pid) for pid in pids)
+    process.send_signal(signal.SIGTERM)
+    code, _, last = finish(process)
+    assert (code, last) == (85, "launch: stopped as asked; exit code 85 (saved; the same command goes on from there)")
+
+
+def test_a_run_starts_by_torchruns_own_words(folder: Path):
+    words = ["--standalone", "--nnodes=1:1", "--nproc_per_node=2", "-m", "pretrain", "train", "x.yaml", "done"]
+    code, out, last = finish(launch(folder, *words, module="launch.torchrun"))
+    assert (code, last) == (0, "")
+    assert out.count("threads=3") == 2
