@@ -71,6 +71,12 @@ def main(argv: Sequence[str]) -> int:
             code, reason = root_cause(exit_codes), describe(exit_codes)
         except SignalException as error:
             code, reason = 128 + error.sigval, "stopped as asked"
+        except RendezvousError:
+            code, place = 1, arguments.rdzv_endpoint or "the first of them"
+            reason = (
+                f"the {arguments.nnodes} machines did not meet at {place}: see that it is reached from all of them, that "
+                f"its port is free, and that the run was started on each"
+            )
         code = read_exit_code(exit_code_file) or code
     print(f"launch: {reason}; exit code {code}" + explain(code), file=sys.stderr)
     return code

@@ -1,5 +1,7 @@
 """How a run ended, told from how its ranks did."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,15 @@ def test_arguments_that_torchrun_cannot_use_are_one_sentence(capsys, monkeypatch
     assert errors.startswith("launch: ")
     assert said in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "options"), [("localhost:0", "is_host=1,join_timeout=1"), ("no.such.host.invalid:29", "is_host=0")]
+)
+def test_machines_that_do_not_meet_are_one_sentence(endpoint: str, options: str):
+    words = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1"]
+    words += ["--rdzv-conf", f"{options},timeout=1,read_timeout=1", "-m", "this"]
+    done = subprocess.run([sys.executable, "-m", "launch.torchrun", *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"launch: the 2 machines did not meet at {endpoint}: see that" in done.stderr
+    assert "Traceback" not in done.stderr
