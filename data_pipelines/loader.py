@@ -59,15 +59,8 @@ class TrainingData:
         dp_rank: int = 0,
         dp_size: int = 1,
     ):
-        share = dp_size * accumulation * config.grain
-        if global_batch < 1 or global_batch % share:
-            below = global_batch // share * share
-            nearest = f"{below:,} or {below + share:,}" if below else f"{share:,}"
-            raise DataError(
-                f"global_batch {global_batch:,} does not divide into whole grains: {dp_size} data-parallel ranks x "
-                f"accumulation {accumulation} x data.grain {config.grain} = {share:,} must divide it; "
-                f"use {nearest}, or a smaller data.grain."
-            )
+        if misfit := config.misfit(global_batch, accumulation, dp_size):
+            raise DataError(misfit)
         self._config = config
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.sources = _open_sources(config, seed)

@@ -40,6 +40,11 @@ LINK_EFFICIENCY = 0.8
 LATENCY_S = 10e-6
 # Share of the computing time behind which an overlapped transfer can hide: it takes some of the GPU's own cores.
 OVERLAP = 0.8
+# Predicted times that differ by less are not told apart: the efficiency above spans 44 to 52 % in its source, and no
+# time has been held against a GPU's clock.
+TIME_ERROR = 0.2
+# Images that a core decodes a second, of 640 x 480 to 224 pixels. Source: docs/measurements.md, `make bench-data`.
+DECODED_PER_CORE_S = 559
 # The CUDA context, NCCL's buffers, cuBLAS' workspaces and what the allocator loses to fragments.
 RESERVED_GIB = 6
 

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
-from launch.hardware import COMPUTE_EFFICIENCY, LATENCY_S, LINK_EFFICIENCY, OVERLAP, RESERVED_GIB, Gpu
+from launch.hardware import (
+    COMPUTE_EFFICIENCY,
+    DECODED_PER_CORE_S,
+    LATENCY_S,
+    LINK_EFFICIENCY,
+    OVERLAP,
+    RESERVED_GIB,
+    TIME_ERROR,
+    Gpu,
+)
 from pretrain.accounting.exchange import Transfer, parcel, transfers
 from pretrain.accounting.layers import LayerCost, layers
-from pretrain.accounting.memory import Memory, memory
+from pretrain.accounting.memory import Memory, activations, memory
 from pretrain.accounting.stages import Layout, cut_evenly, layout_of, step_flops
 from pretrain.config import Config, parse_config
 
@@ -82,10 +91,23 @@ class Plan:
         return self.memory.total / GIB
 
     def activations(self, checkpointing: bool) -> float:
-        """Bytes that they take on the fullest rank."""
+        """Bytes that they take at the most in the backward pass, on the rank that has the most."""
         config = _with_engine(self.config, activation_checkpointing=checkpointing)
-        held = [memory(config, part, self.layout, number) for number, part in enumerate(self.parts)]
-        return max(each.items.get("activations", 0) for each in held)
+        return max(activations(config, part, self.layout, number) for number, part in enumerate(self.parts))
+
+    @property
+    def decoding_cores(self) -> float:
+        """Cores of a node that its GPUs keep busy with decoding. Each rank decodes its own samples."""
+        per_rank = self.samples_per_s / self.layout.data_parallel
+        return per_rank * self.cluster.gpus_per_node / DECODED_PER_CORE_S
+
+    def is_laid_out_as(self, other: "Plan") -> bool:
+        """Whether both are one layout, of one memory and time."""
+        return (
+            self.layout == other.layout
+            and self.config.engine.model_copy(update={"data_parallel": other.config.engine.data_parallel})
+            == other.config.engine
+        )
 
     @property
     def fits(self) -> bool:
@@ -94,7 +116,7 @@ class Plan:
 
 def objection(config: Config, cluster: Cluster) -> str | None:
     """Why the config cannot run on the cluster, memory aside, in one sentence; None if it can."""
-    engine, training, grain = config.engine, config.training, config.data.grain
+    engine, training = config.engine, config.training
     tp, pp = engine.tensor_parallel, engine.pipeline_parallel
     if cluster.gpus_per_node % tp:
         return (
@@ -103,14 +125,7 @@ def objection(config: Config, cluster: Cluster) -> str | None:
         )
     if misfit := engine.misfit(cluster.world, "GPUs"):
         return misfit
-    dp = cluster.world // (tp * pp)
-    share = dp * training.accumulation * grain
-    if training.global_batch % share:
-        return (
-            f"training.global_batch {training.global_batch:,} does not divide into whole grains: {dp:,} data-parallel "
-            f"ranks x training.accumulation {training.accumulation} x data.grain {grain} = {share:,} must divide it."
-        )
-    return None
+    return config.data.misfit(training.global_batch, training.accumulation, cluster.world // (tp * pp))
 
 
 def make_plan(config: Config, cluster: Cluster, costs: Sequence[LayerCost]) -> Plan:
@@ -178,6 +193,8 @@ def _hide(exchanges: list[Exchange], compute_s: float) -> list[Exchange]:
 def best_layouts(config: Config, cluster: Cluster, vocabulary: int, count: int = 3) -> list[Plan]:
     """The fastest layouts of the same optimisation on the cluster, among those that fit.
 
+    Of ZeRO's stages the lowest that the plan cannot tell from the fastest: it partitions no more than it must.
+
     The global batch stays. Accumulation stays too, unless negatives are the global batch's and it changes nothing.
     """
     costs = layers(config, vocabulary)  # of all candidates: what they contrast does not change
@@ -189,7 +206,17 @@ def best_layouts(config: Config, cluster: Cluster, vocabulary: int, count: int =
         plan = make_plan(candidate, cluster, costs)
         if plan.fits and (engine not in plans or plan.step_s < plans[engine].step_s):
             plans[engine] = plan
-    return sorted(plans.values(), key=lambda plan: (plan.step_s, plan.memory_gib))[:count]
+    alike: dict[tuple[object, ...], list[Plan]] = {}  # but for the stage
+    for plan in plans.values():
+        engine = plan.config.engine
+        cut = (engine.pipeline_parallel, engine.tensor_parallel, engine.activation_checkpointing)
+        alike.setdefault(cut, []).append(plan)
+    chosen: list[tuple[float, Plan]] = []
+    for group in alike.values():
+        fastest_s = min(plan.step_s for plan in group)
+        near = [plan for plan in group if plan.step_s <= fastest_s * (1 + TIME_ERROR)]
+        chosen.append((fastest_s, min(near, key=lambda plan: (plan.config.engine.zero_stage, plan.step_s))))
+    return [plan for _, plan in sorted(chosen, key=lambda found: (found[0], found[1].memory_gib))[:count]]
 
 
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
-from launch.hardware import COMPUTE_EFFICIENCY, LATENCY_S, LINK_EFFICIENCY, OVERLAP, RESERVED_GIB
+from launch.hardware import (
+    COMPUTE_EFFICIENCY,
+    DECODED_PER_CORE_S,
+    LATENCY_S,
+    LINK_EFFICIENCY,
+    OVERLAP,
+    RESERVED_GIB,
+    TIME_ERROR,
+)
 from launch.plan import GIB, Cluster, Plan, best_layouts, count_pieces, make_plan, objection
 from pretrain.accounting.layers import LayerCost, layers
 from pretrain.config import Config, load_config
@@ -36,13 +44,14 @@ def run_plan(
     pieces, counted_from = count_pieces(config.data.tokenizer, vocabulary)
     reason = objection(config, cluster)
     plan = None if reason else make_plan(config, cluster, layers(config, pieces))
+    best = best_layouts(config, cluster, pieces)
     if plan and not plan.fits:
         room = cluster.gpu.memory_gib - RESERVED_GIB
+        fix = "take one of the layouts below" if best else "no layout of this global batch fits, so take more GPUs"
         reason = (
             f"A rank holds {plan.memory_gib:.1f} GiB at its fullest, and a GPU of {cluster.gpu.memory_gib:g} GiB has "
-            f"room for {room:g}: take one of the layouts below, or more GPUs."
+            f"room for {room:g}: {fix}, or a smaller model or batch."
         )
-    best = best_layouts(config, cluster, pieces)
     compared = compare(plan, run) if plan and run else {}
     if as_json:
         print(json.dumps(summary(config, cluster, pieces, plan, reason, best, compared), indent=2))
@@ -112,8 +121,9 @@ def report(
         lines += ["", *_exchange_lines(plan), "", *_time_lines(plan)]
     if compared:
         lines += ["", *_table(["against the run", "predicted", "measured", "ratio"], _compared_rows(compared))]
-    lines += ["", *_best_lines(best), "", *_assumption_lines()]
-    return lines
+    if best:
+        lines += ["", *_best_lines(best, plan, config)]
+    return [*lines, "", *_assumption_lines()]
 
 
 def _layout_lines(plan: Plan) -> list[str]:
@@ -130,8 +140,9 @@ def _layout_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [[name, f"{size / GIB:.2f}"] for name, size in plan.memory.items.items()]
     rows += [["in all", f"{plan.memory_gib:.2f}"]]
-    rows += [["activations without checkpointing", f"{plan.activations(checkpointing=False) / GIB:.2f}"]]
-    rows += [["activations with checkpointing", f"{plan.activations(checkpointing=True) / GIB:.2f}"]]
+    for name, checkpointing in (("without", False), ("with", True)):
+        held = f"{plan.activations(checkpointing) / GIB:.2f}"
+        rows += [[f"activations in the backward pass, {name} checkpointing", held]]
     return _table([f"memory of a GPU, {plan.memory.moment}", "GiB"], rows)
 
 
@@ -180,8 +191,9 @@ def _time_lines(plan: Plan) -> list[str]:
         ["a step", f"{plan.step_s:.3f} s"],
         ["samples/s", f"{plan.samples_per_s:,.0f}"],
         ["model FLOPs utilisation", f"{plan.mfu:.1%}"],
-        [f"{steps:,} steps, {steps * training.global_batch / 1e6:,.0f} M samples", f"{plan.hours / 24:,.2f} days"],
+        [f"{steps:,} steps, {steps * training.global_batch / 1e6:,.1f} M samples", f"{plan.hours:,.1f} h"],
         ["GPU-hours", f"{plan.hours * plan.cluster.world:,.0f}"],
+        ["cores of a node that decode", f"{plan.decoding_cores:,.1f}"],
     ]
     return _table(["time", ""], rows)
 
@@ -193,18 +205,23 @@ def _compared_rows(compared: dict[str, tuple[float, float]]) -> list[list[str]]:
     ]
 
 
-def _best_lines(best: Sequence[Plan]) -> list[str]:
-    if not best:
-        return ["No layout of this global batch fits the cluster: take more GPUs, or another batch."]
-    rows = []
-    for plan in best:
+def _best_lines(best: Sequence[Plan], asked: Plan | None, config: Config) -> list[str]:
+    """The best layouts, the one asked for among or below them, and how to ask for the others."""
+    listed = [*best, *([asked] if asked and not any(map(asked.is_laid_out_as, best)) else [])]
+    rows, pasted = [], []
+    for number, plan in enumerate(listed, start=1):
         engine, layout = plan.config.engine, plan.layout
+        is_asked = asked is not None and plan.is_laid_out_as(asked)
         again = "on" if engine.activation_checkpointing else "off"
         degrees = [layout.data_parallel, layout.tensor_parallel, layout.pipeline_parallel, engine.zero_stage]
-        row = [*map(str, degrees), again, str(layout.micro_steps)]
-        rows.append([*row, f"{plan.step_s:.3f}", f"{plan.mfu:.1%}", f"{plan.memory_gib:.1f}"])
-    head = ["data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s a step", "MFU", "GiB"]
-    return ["best layouts of the same optimisation", *_table(head, rows)]
+        row = [str(number), *map(str, degrees), again, str(layout.micro_steps), f"{plan.step_s:.3f}", f"{plan.mfu:.1%}"]
+        rows.append([*row, f"{plan.memory_gib:.1f}", "asked for" if is_asked else ""])
+        if not is_asked:
+            words = [word for word in _overrides(plan, config) if not asked or word not in _overrides(asked, config)]
+            pasted.append(f"{number}: {' '.join(words)}")
+    head = ["", "data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s a step", "MFU", "GiB", ""]
+    lines = ["best layouts of the same optimisation", *_table(head, rows)]
+    return [*lines, "", "overrides that ask for them", *pasted] if pasted else lines
 
 
 def _assumption_lines() -> list[str]:
@@ -212,7 +229,9 @@ def _assumption_lines() -> list[str]:
         "Taken for granted, with sources in launch/hardware.py:",
         f"computing at {COMPUTE_EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, "
         f"{LATENCY_S * 1e6:g} us for each message and doubling of ranks,",
-        f"overlapped transfers hidden behind {OVERLAP:.0%} of the computing, {RESERVED_GIB} GiB of a GPU kept free.",
+        f"overlapped transfers hidden behind {OVERLAP:.0%} of the computing, {RESERVED_GIB} GiB of a GPU kept free,",
+        f"{DECODED_PER_CORE_S} images decoded by a core in a second.",
+        f"Of ZeRO's stages the lowest within {TIME_ERROR:.0%} of the fastest is listed.",
         "docs/planning.md derives the rest. Tests hold memory and bytes against measurements; times are not measured.",
     ]
 
@@ -279,8 +298,9 @@ def summary(
             "step_s": plan.step_s,
             "samples_per_s": plan.samples_per_s,
             "mfu": plan.mfu,
-            "days": plan.hours / 24,
+            "hours": plan.hours,
             "gpu_hours": plan.hours * cluster.world,
+            "decoding_cores_per_node": plan.decoding_cores,
         }
     found["best"] = [
         {"overrides": _overrides(each, config), "step_s": each.step_s, "memory_gib": each.memory_gib} for each in best

@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
         except RendezvousError:
             code, place = 1, arguments.rdzv_endpoint or "the first of them"
             reason = (
-                f"the {arguments.nnodes} machines did not meet at {place}: see that it is reached from all of them, that "
-                f"its port is free, and that the run was started on each"
+                f"the {arguments.nnodes} machines did not meet at {place}: see that it is reached from all of them, "
+                f"that its port is free, and that the run was started on each"
             )
         code = read_exit_code(exit_code_file) or code
     print(f"launch: {reason}; exit code {code}" + explain(code), file=sys.stderr)

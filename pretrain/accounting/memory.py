@@ -45,6 +45,13 @@ def memory(config: Config, costs: Sequence[LayerCost], layout: Layout, stage: in
     return max((Memory(name, items) for name, items in moments.items()), key=lambda memory: memory.total)
 
 
+def activations(
+    config: Config, costs: Sequence[LayerCost], layout: Layout, stage: int = 0, *, gpu: bool = True
+) -> float:
+    """Bytes of the activations in the backward pass, at their most, whatever else the rank holds then."""
+    return _Rank(config, costs, layout, stage, gpu).activations
+
+
 def value_bytes(config: Config, gpu: bool) -> int:
     """Bytes of a weight or an activation in the forward and backward pass."""
     return 2 if config.engine.precision == "bf16" or (config.engine.precision == "auto" and gpu) else 4
