@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipelines.errors import named
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
 from pretrain.config import Config, load_config
@@ -52,7 +53,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         dp_size=mesh.dp.size,
         **common,
     )
-    return data, HeldoutData(config.data, **common) if config.data.heldout else None
+    with named("data.heldout"):
+        return data, HeldoutData(config.data, **common) if config.data.heldout else None
 
 
 def stop_on_signal(trainer: Trainer) -> None:
