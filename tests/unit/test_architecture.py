@@ -18,7 +18,7 @@ PATHS = {
 
 ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
-    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors"),
+    "launch": ("pretrain.accounting", "pretrain.config", "data_pipelines.errors", "data_pipelines.help_text"),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,

@@ -111,6 +111,12 @@ def test_the_command_hands_config_and_overrides_to_the_trainer():
     assert command[-5:] == ["-m", "pretrain", "train", "configs/x.yaml", "training.steps=10"]
 
 
+def test_the_doctor_starts_as_training_does(folder: Path):
+    code, out, _ = finish(launch(folder, "local", "x.yaml", "--doctor", "--dry-run", "--nproc", "2", "a.b=1"))
+    assert code == 0
+    assert out.endswith("-m pretrain doctor x.yaml a.b=1\n")
+
+
 @pytest.mark.parametrize(("gpus", "cores", "processes"), [(8, 64, 8), (1, 64, 1), (0, 64, 2), (0, 1, 1)])
 def test_a_process_a_gpu_or_two_on_the_cpu(gpus: int, cores: int, processes: int):
     assert default_processes(gpus, cores) == processes
