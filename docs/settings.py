@@ -15,10 +15,10 @@ PAGE = Path(__file__).with_suffix(".md")
 HEAD = """\
 # Settings
 
-Every key of a config, as `pretrain/config.py` and `data_pipelines/config.py` define it. `make docs` writes this page from
-them, and a test holds it to them. Values are read by the type of their key, in a file and in `key=value` alike: a path is
-any text, with `~` and `$VARIABLES` replaced; a number is a decimal number (or 0x1F, 0o17); `true` and `false` are the only
-booleans; `null`, `~`, `None` and `none` are null where a key can be null; a list is `[1, 2]` or `1,2`.
+Every key of a config, as `pretrain/config.py` and `data_pipelines/config.py` define it. `make docs` writes this page
+from them, and a test holds it to them. Values are read by the type of their key, in a file and in `key=value` alike: a
+path is any text, with `~` and `$VARIABLES` replaced; a number is a decimal number (or 0x1F, 0o17); the only booleans
+are `true` and `false`; `null`, `~`, `None` and `none` are null where a key can be null; a list is `[1, 2]` or `1,2`.
 
 Keys without a default have to be given. Words that are not plain are in the [glossary](glossary.md).
 """
@@ -58,10 +58,9 @@ def _block(block: type[BaseModel], values: Any, given: Any, path: str) -> Iterat
 
 def _values(kinds: list[Any], field: FieldInfo) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [(sign, getattr(part, name, None)) for part in field.metadata for name, sign in signs.items()]
-    return ", ".join(
-        [" or ".join(map(_kind, kinds)), *(f"{sign} {limit}" for sign, limit in found if limit is not None)]
-    )
+    limits = [(sign, getattr(part, name, None)) for part in field.metadata for name, sign in signs.items()]
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+    return ", ".join([" or ".join(map(_kind, kinds)), *bounds])
 
 
 def _kind(kind: Any) -> str:
