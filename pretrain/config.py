@@ -4,6 +4,7 @@ Frozen, and strict: an unknown key is refused with the nearest name, a value out
 combination that cannot work with both keys and the fix. Imports no torch, so a login node reads it at once.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -368,18 +369,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a key, a value or a combination is wrong; the message names
             all of them, one line each.
     """
-    tree = read_tree(path, Config)
+    return _checked(read_tree(path, Config), overrides)
+
+
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Checks a tree of plain values, overrides laid over it; `source` is named in the errors."""
+    return _checked(Tree(source, copy.deepcopy(values)), overrides)
+
+
+def _checked(tree: Tree, overrides: Sequence[str]) -> Config:
     for override in overrides:
         lay_over(tree, override, Config)
-    return _checked(tree)
-
-
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Checks a tree of plain values; `source` is named in the errors."""
-    return _checked(Tree(source, values))
-
-
-def _checked(tree: Tree) -> Config:
     try:
         return Config.model_validate(tree.values)
     except ValidationError as error:

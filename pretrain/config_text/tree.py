@@ -1,5 +1,6 @@
 """A YAML file and the `key=value` laid over it, as a tree of values, and where each of them is written."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,33 +34,38 @@ def read_tree(path: Path, schema: type[BaseModel]) -> Tree:
     Raises:
         ConfigError: it cannot be read, is no YAML, or has a key twice.
     """
-    recipes = _recipes()
     try:
         content = path.read_bytes()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"Cannot read the config {path}: it is no UTF-8 text.") from None
     except FileNotFoundError:
-        named = recipes / path.name
-        fix = f"the recipe of that name is {named}" if named.is_file() else f"there are recipes in {recipes}"
-        raise ConfigError(f"No config at {path}: give the path of a YAML file; {fix}.") from None
+        raise ConfigError(f"No config at {path}: give the path of a YAML file{_recipe(path.name)}.") from None
     except OSError as error:
         raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
     root = _compose(text, f"Cannot read the config {path}")
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"The config {path} is not a mapping of keys to values: see {recipes / 'demo.yaml'} for one.")
     places: dict[Location, str] = {}
     values = _Reader(text, places, str(path)).value(root, [schema], ())
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config {path} is not a mapping of keys to values{_recipe('demo.yaml')}.")
     return Tree(str(path), values, places)
 
 
-def _recipes() -> Path:
-    """The folder of recipes: beside the packages in a clone, else where they were installed."""
-    clone = Path(__file__).parents[2] / "configs"
-    if clone.is_dir():
-        return clone.relative_to(Path.cwd()) if clone.is_relative_to(Path.cwd()) else clone
-    files = metadata.files("vlm-pretraining-toolkit") or []
-    return next((Path(str(file.locate())).resolve().parent for file in files if file.match("configs/*.yaml")), clone)
+def _recipe(name: str) -> str:
+    """Where a recipe is, or the others: beside the packages in a clone, else where they were installed."""
+    folder = Path(__file__).parents[2] / "configs"
+    if not folder.is_dir():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            files = metadata.files("vlm-pretraining-toolkit") or []
+            recipes = (Path(str(file.locate())).resolve() for file in files if file.match("configs/*.yaml"))
+            folder = next((recipe.parent for recipe in recipes), folder)
+    if not folder.is_dir():
+        return ""
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    return (
+        f"; the recipe {name} is {folder / name}" if (folder / name).is_file() else f"; there are recipes in {folder}"
+    )
 
 
 def lay_over(tree: Tree, override: str, schema: type[BaseModel]) -> None:
@@ -134,9 +140,8 @@ class _Reader:
         if kinds and node.tag != f"tag:yaml.org,2002:{_TAGS[type(node)]}":
             return Unreadable(self._source_of(node), "remove the tag, the word that begins with an exclamation mark")
         if isinstance(node, yaml.ScalarNode):
-            return read_word(
-                node.value.strip() if node.style in ("|", ">") else node.value, kinds, quoted=bool(node.style)
-            )
+            word = node.value.strip() if node.style in ("|", ">") else node.value
+            return read_word(word, kinds, quoted=bool(node.style))
         if isinstance(node, yaml.MappingNode) and any(is_block(kind) or is_dict(kind) for kind in kinds):
             return self._block(node, kinds, location)
         if isinstance(node, yaml.SequenceNode) and any(is_list(kind) for kind in kinds):

@@ -82,7 +82,7 @@ def _path(text: str, *, nullable: bool, quoted: bool) -> Path | Unreadable:
         )
     if "\0" in text or not _is_unicode(text):
         return Unreadable(text, "it has a character that is no text: rename the file or folder")
-    for match in re.finditer(r"\$(?:(\w+)|\{([^}]*)\})", text):
+    for match in re.finditer(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", text, re.ASCII):
         name = match[1] or match[2]
         if not os.environ.get(name):
             return Unreadable(text, f"the variable {name} is not set, or empty: set it, or write the path in full")

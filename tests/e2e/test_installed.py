@@ -36,7 +36,7 @@ def test_a_recipe_that_is_not_here_is_found_where_it_was_installed(installed, tm
     recipe = installed.parents[2] / "share/vlm-pretraining-toolkit/configs/small.yaml"
     assert missing.returncode == 4
     assert missing.stderr == (
-        f"No config at configs/small.yaml: give the path of a YAML file; the recipe of that name is {recipe}.\n"
+        f"No config at configs/small.yaml: give the path of a YAML file; the recipe small.yaml is {recipe}.\n"
     )
     assert run("launch", "plan", str(recipe), "--gpus-per-node", "1").returncode == 0
     assert (installed.parents[2] / "share/vlm-pretraining-toolkit/slurm/train.sbatch").is_file()

@@ -154,7 +154,7 @@ def test_a_missing_key_and_a_missing_file_are_named(path):
         ConfigError, match="No config at .*nowhere.yaml: give the path of a YAML file; there are recipes in configs"
     ):
         load_config(path.with_name("nowhere.yaml"))
-    with pytest.raises(ConfigError, match=r"No config at .*demo.yaml: .* recipe of that name is configs/demo\.yaml\."):
+    with pytest.raises(ConfigError, match=r"No config at .*demo.yaml: .* recipe demo.yaml is configs/demo\.yaml\."):
         load_config(path.with_name("demo.yaml"))
 
 

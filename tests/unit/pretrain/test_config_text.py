@@ -85,6 +85,8 @@ VALUES = [  # key, as it is written, what it means
     ("output", "$HOME/x", Path("/home/me/x")),
     ("output", "${SCRATCH}/x", Path("/scratch/a b/x")),
     ("output", "./~me", Path("~me")),
+    ("output", "a$5", Path("a$5")),
+    ("output", "${HOME}$SCRATCH", Path("/home/me/scratch/a b")),
     ("data.cache", "{folder: $HOME/c, limit_gib: 1}", None),
     ("data.train", "{web: {manifest: ~/a}}", None),
     ("data.heldout", "null", None),
@@ -245,8 +247,9 @@ def test_a_file_may_begin_with_a_byte_order_mark(path, encoding):
 def test_what_is_no_config_file_is_one_sentence(path):
     for content, message in (
         (b"a: \xff\n", "Cannot read the config .*: it is no UTF-8 text."),
-        (b"", "is not a mapping of keys to values: see configs/demo.yaml for one."),
+        (b"", "is not a mapping of keys to values; the recipe demo.yaml is configs/demo.yaml."),
         (b"- a\n", "is not a mapping of keys to values"),
+        (b"!x {output: a}\n", "is not a mapping of keys to values"),
         (b"a\0b: 1\n", "Cannot read the config .*special characters are not allowed"),
     ):
         path.write_bytes(content)
@@ -298,6 +301,10 @@ def test_a_runs_own_config_is_read_back_as_it_was(path):
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert load_config(path) == config
     assert parse_config(config.model_dump(mode="json"), "x") == config
+    longer = parse_config(config.model_dump(mode="json"), "x", ["training.steps=0200"])
+    assert longer.training.steps == 200
+    with pytest.raises(ConfigError, match="on the command line: unknown key sead"):
+        parse_config(config.model_dump(mode="json"), "x", ["sead=1"])
 
 
 KEYS = ["output", "data.train", "data.heldout", "data.crop_scale", "data.cache", "data.train.web.weight", "data.flip"]
