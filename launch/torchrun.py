@@ -38,8 +38,8 @@ from launch.environment import count_cores, count_gpus, missing, variables
 EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"
 
 MEANINGS = {
-    3: "no valid checkpoint to resume from",
-    4: "the configuration or the data needs mending, see the message above",
+    3: "no valid checkpoint, or one of another run",
+    4: "the config, the data or the disk needs mending, see the message above",
     5: "too many bad steps",
     7: "the layout does not take the steps of one process",
     85: "saved; the same command goes on from there",
@@ -165,6 +165,8 @@ def explain(code: int) -> str:
     """Say what the user can do about it."""
     if code == 128 + signal.SIGKILL:
         return " (out of memory is the usual reason)"
+    if code == 128 + signal.SIGTERM:
+        return " (stopped before it could save; the newest checkpoint, if there is one, stays)"
     return f" ({MEANINGS[code]})" if code in MEANINGS else ""
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.torchrun import explain
 from pretrain.config import load_config, parse_config
 
 README = Path("README.md").read_text()
@@ -112,5 +114,7 @@ def test_every_exit_code_in_the_table_is_one_of_ours():
     from pretrain import errors
 
     ours = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)}
-    table = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
-    assert table == ours | {0}
+    table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, flags=re.MULTILINE))
+    assert set(map(int, table)) == ours | {0, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
+    for code in (3, 137, 143):  # the launcher's words are the README's
+        assert table[str(code)].rpartition(": ")[2].partition(", if")[0] in explain(code)

@@ -159,7 +159,7 @@ def test_a_ranks_own_exit_code_and_sentence_reach_the_user(folder: Path):
     assert process.returncode == 4
     sentence, last = err.strip().splitlines()
     assert sentence == "data.train names no file"
-    assert last.startswith("launch: rank 1 ended with 4; exit code 4 (the configuration or the data")
+    assert last.startswith("launch: rank 1 ended with 4; exit code 4 (the config, the data")
     assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
 
 
@@ -191,8 +191,9 @@ def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(folder: Path):
     time.sleep(0.5)
     assert all(is_running(pid) for pid in pids)
     process.send_signal(signal.SIGINT)
-    code, _, _ = finish(process)
+    code, _, last = finish(process)
     assert code == 143
+    assert last.endswith("exit code 143 (stopped before it could save; the newest checkpoint, if there is one, stays)")
     assert not any(is_running(pid) for pid in pids)
 
 
