@@ -165,7 +165,7 @@ def test_the_seed_changes_order_crops_and_masks_together(corpus: Corpus):
 def test_a_batch_that_does_not_divide_is_an_error_with_every_number(
     corpus: Corpus, global_batch: int, dp_size: int, accumulation: int
 ):
-    words = rf"training.global_batch {global_batch} .* {dp_size} data-parallel ranks x training.accumulation "
+    words = rf"training.global_batch {global_batch} .* {dp_size} data-parallel ranks? x training.accumulation "
     words += rf"{accumulation} x data.grain 4 = \d+ must divide it; use \d+ (or \d+ )?samples"
     with pytest.raises(DataError, match=words):
         corpus.training(global_batch=global_batch, dp_size=dp_size, accumulation=accumulation)
@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_divide_is_an_error_with_every_number(
     [
         (32, 3, "use 24 or 36 samples, a smaller data.grain, or 1, 2 or 4 data-parallel ranks."),
         (64, 3, "use 60 or 72 samples, a smaller data.grain, or 1, 2 or 4 data-parallel ranks."),
-        (4, 2, "use 8 samples, a smaller data.grain, or 1 data-parallel ranks."),
+        (4, 2, "use 8 samples, a smaller data.grain, or 1 data-parallel rank."),
         (30, 2, "use 24 or 32 samples, or a smaller data.grain."),  # no number of ranks would do
     ],
 )
