@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -55,6 +56,12 @@ def main(argv: Sequence[str]) -> int:
     except (UserError, ValueError, AssertionError) as error:
         print(f"launch: {str(error).rstrip('.')}.", file=sys.stderr)
         return 2
+    if (gpus := count_gpus(os.environ)) and not torch.cuda.is_available():
+        print(
+            f"launch: {gpus} GPUs are here, and torch {torch.__version__} cannot use them: the run is on the CPU; for "
+            f"GPUs install torch's CUDA build, and NVIDIA's driver",
+            file=sys.stderr,
+        )
     # torch insists on handling one signal at least: one that nobody sends, so that it leaves ours alone.
     arguments.signals_to_handle = "SIGUSR2"
     for name in ("multiprocessing.api", "agent.server.api"):  # what they say of a failure, describe() says

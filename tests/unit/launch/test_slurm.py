@@ -41,7 +41,7 @@ esac
 @pytest.fixture
 def job(tmp_path):
     """Runs the script in a folder of its own; returns its exit code, its errors and what was called."""
-    commands = {"srun": SRUN, "apptainer": APPTAINER, "python": PYTHON, "scontrol": "echo n1; echo n2"}
+    commands = {"srun": SRUN, "apptainer": APPTAINER, "python": PYTHON, "scontrol": "seq -f n%.0f 20000"}
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}")

@@ -101,3 +101,16 @@ def test_machines_that_do_not_meet_are_one_sentence(endpoint: str, options: str)
     assert done.returncode == 1
     assert f"launch: the 2 machines did not meet at {endpoint}: see that" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("gpus", "usable", "said"), [(8, False, True), (8, True, False), (0, False, False)])
+def test_gpus_that_torch_cannot_use_are_said_once(capsys, monkeypatch, gpus: int, usable: bool, said: bool):
+    monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr("launch.torchrun.count_gpus", lambda environ: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    monkeypatch.setattr("launch.torchrun.run", lambda arguments: None)
+    monkeypatch.setattr("launch.torchrun.stop_once", lambda: None)
+    assert main(["--nproc-per-node", "2", "-m", "pretrain", "train", "x.yaml"]) == 0
+    errors = capsys.readouterr().err
+    assert errors.count("8 GPUs are here, and torch") == said
+    assert errors.count("\n") == said
