@@ -145,9 +145,10 @@ class DataConfig(Section):
             ranks = [number for number in range(1, min(grains, 2 * data_parallel) + 1) if grains % number == 0]
             near = sorted(sorted(ranks, key=lambda number: abs(number - data_parallel))[:4])
             many = f"{', '.join(f'{number:,}' for number in near[:-1])} or " if near[1:] else ""
-            fixes.append(f"{many}{near[-1]:,} data-parallel ranks")
+            fixes.append(f"{many}{near[-1]:,} data-parallel rank{'s' if near != [1] else ''}")
+        s = "s" if data_parallel > 1 else ""
         return (
             f"training.global_batch {global_batch:,} does not divide into whole grains: {data_parallel:,} "
-            f"data-parallel ranks x training.accumulation {accumulation} x data.grain {self.grain} = {share:,} must "
+            f"data-parallel rank{s} x training.accumulation {accumulation} x data.grain {self.grain} = {share:,} must "
             f"divide it; use {', '.join(fixes[:-1])}, or {fixes[-1]}."
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,6 +18,15 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A shard, a sample, a manifest or a tokenizer is not what it should be."""
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Says of what is wrong with a file which key of the config gave it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
 
 
 def cannot_open(what: str, error: OSError) -> DataError:

@@ -71,7 +71,7 @@ def test_fewer_pieces_than_asked_for_and_captions_passed_over_are_told(
 
 def test_coverage_looks_at_the_text_lengths_of_every_size():
     lengths = parser().parse_args(["coverage", "a", "b"]).text_length
-    assert {size["text"]["length"] for size in SIZES.values()} < set(lengths)
+    assert {size.length for size in SIZES.values()} < set(lengths)
 
 
 def test_an_error_is_one_line_without_a_traceback_and_exit_code_4(tmp_path: Path):
