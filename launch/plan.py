@@ -3,10 +3,13 @@
 Layers are measured on the meta device, without a GPU; the rest is arithmetic, which docs/planning.md derives.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,9 @@ from launch.hardware import (
 )
 from pretrain.accounting.exchange import transfers
 from pretrain.accounting.layers import Layout, StepCost, Transfer, measure_forward, measure_step
-from pretrain.accounting.memory import Memory, activations, memory
+from pretrain.accounting.memory import Memory, Rank
 from pretrain.accounting.stages import cut_evenly, layout_of
-from pretrain.config import Config, parse_config
+from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.models.towers import Vocabulary
 
 VOCABULARY = 32_000  # where there is no tokenizer yet
@@ -49,7 +52,7 @@ class Costs:
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         self.config, self.vocabulary = config, Vocabulary(vocabulary)
-        self.parameters, self.forward = measure_forward(config, self.vocabulary)
+        self.forward = measure_forward(config, self.vocabulary)
         self._steps: dict[tuple[int, int, bool], tuple[int, StepCost]] = {}
 
     def step(self, config: Config, layout: Layout) -> StepCost:
@@ -70,7 +73,7 @@ class Costs:
     @property
     def flops(self) -> float:
         """Of a sample in training, without what is computed again: 3 forward passes."""
-        return 3 * sum(self.forward.values())
+        return 3 * sum(self.forward.flops.values())
 
     @property
     def flops_alone(self) -> dict[str, float]:
@@ -144,7 +147,7 @@ class Plan:
         """Bytes that they take at the most in the backward pass, on the rank that has the most."""
         config = _with_engine(self.config, activation_checkpointing=checkpointing)
         cost = self.costs.step(config, self.layout)
-        return max(activations(config, cost, self.layout, part, stage) for stage, part in enumerate(self.parts))
+        return max(Rank(config, cost, self.layout, part, stage).activations for stage, part in enumerate(self.parts))
 
     @property
     def decoding_cores(self) -> float:
@@ -182,7 +185,7 @@ def objection(config: Config, cluster: Cluster) -> str | None:
 def make_plan(config: Config, cluster: Cluster, costs: Costs) -> Plan:
     """Predicts a run that `objection` has nothing against."""
     layout = layout_of(config, cluster.world)
-    cost, parts = costs.step(config, layout), cut_evenly(tuple(costs.forward.values()), layout.pipeline_parallel)
+    cost, parts = costs.step(config, layout), cut_evenly(tuple(costs.forward.flops.values()), layout.pipeline_parallel)
     timed: list[tuple[float, float, list[Exchange]]] = []
     for part in parts:
         flops = sum(layer.flops for layer in cost.layers[part.start : part.stop])
@@ -192,7 +195,7 @@ def make_plan(config: Config, cluster: Cluster, costs: Costs) -> Plan:
         inside_s = compute_s + sum(e.exposed_s for e in exchanges if e.transfer.axis != "dp")
         timed.append((inside_s, compute_s, exchanges))
     inside_s, compute_s, exchanges = max(timed, key=lambda stage: stage[0])  # the others wait for it
-    memories = [memory(config, cost, layout, part, stage) for stage, part in enumerate(parts)]
+    memories = [Rank(config, cost, layout, part, stage).memory for stage, part in enumerate(parts)]
     return Plan(
         config=config,
         cluster=cluster,
@@ -245,12 +248,12 @@ def best_layouts(config: Config, cluster: Cluster, costs: Costs, count: int = 3)
 
     The global batch stays. Accumulation stays too, unless negatives are the global batch's and it changes nothing.
     """
-    plans: dict[str, Plan] = {}
-    for candidate in _candidates(config, cluster, len(costs.forward)):
-        engine = str(candidate.engine)
-        if engine in plans and candidate.engine.pipeline_parallel == 1:
+    plans: dict[EngineConfig, Plan] = {}
+    for candidate in _candidates(config, cluster, len(costs.forward.flops)):
+        engine = candidate.engine
+        if engine in plans and engine.pipeline_parallel == 1:
             continue  # more micro-steps than fit would only take longer
-        if str(candidate.engine.model_copy(update={"activation_checkpointing": False})) in plans.keys() - {engine}:
+        if engine.activation_checkpointing and engine.model_copy(update={"activation_checkpointing": False}) in plans:
             continue
         layout = layout_of(candidate, cluster.world)
         least = layout.micro_batch * costs.least_kept / (layout.tensor_parallel * layout.pipeline_parallel)
@@ -259,17 +262,16 @@ def best_layouts(config: Config, cluster: Cluster, costs: Costs, count: int = 3)
         plan = make_plan(candidate, cluster, costs)
         if plan.fits and (engine not in plans or plan.step_s < plans[engine].step_s):
             plans[engine] = plan
-    alike: dict[tuple[object, ...], list[Plan]] = {}  # but for the stage
-    for plan in plans.values():
-        engine = plan.config.engine
-        cut = (engine.pipeline_parallel, engine.tensor_parallel, engine.activation_checkpointing)
-        alike.setdefault(cut, []).append(plan)
-    chosen: list[tuple[float, Plan]] = []
+    alike: dict[EngineConfig, list[Plan]] = {}  # but for the stage
+    for engine, plan in plans.items():
+        alike.setdefault(engine.model_copy(update={"zero_stage": 0}), []).append(plan)
+    chosen: list[tuple[float, float, Plan]] = []
     for group in alike.values():
         fastest_s = min(plan.step_s for plan in group)
         near = [plan for plan in group if plan.step_s <= fastest_s * (1 + TIME_ERROR)]
-        chosen.append((fastest_s, min(near, key=lambda plan: (plan.config.engine.zero_stage, plan.step_s))))
-    return [plan for _, plan in sorted(chosen, key=lambda found: (found[0], found[1].memory_gib))[:count]]
+        plan = min(near, key=lambda plan: (plan.config.engine.zero_stage, plan.step_s))
+        chosen.append((fastest_s, plan.memory_gib, plan))
+    return [plan for *_, plan in sorted(chosen, key=itemgetter(0, 1))[:count]]
 
 
 def _candidates(config: Config, cluster: Cluster, num_layers: int) -> Iterator[Config]:
@@ -278,36 +280,26 @@ def _candidates(config: Config, cluster: Cluster, num_layers: int) -> Iterator[C
     accumulations = [2**power for power in range(9)] if free else [config.training.accumulation]
     for tp in divisors(cluster.gpus_per_node):
         for pp in [size for size in divisors(cluster.world // tp) if size <= min(num_layers, 64)]:
-            for accumulation in accumulations:
-                if pp > 1 and accumulation < pp:  # most of the pipeline would stand still
-                    continue
-                for stage in (0, 1) if pp > 1 else (0, 1, 2, 3):
-                    for again in (False, True):
-                        changed = _with_engine(
-                            config,
-                            data_parallel=None,
-                            tensor_parallel=tp,
-                            pipeline_parallel=pp,
-                            zero_stage=stage,
-                            activation_checkpointing=again,
-                        )
-                        training = changed.training.model_copy(update={"accumulation": accumulation})
-                        changed = changed.model_copy(update={"training": training})
-                        if objection(changed, cluster) is None and _loads(changed):
+            # Most of a pipeline with fewer micro-steps than stages would stand still.
+            for accumulation in [number for number in accumulations if number >= pp or pp == 1]:
+                for stage, again in product((0, 1) if pp > 1 else (0, 1, 2, 3), (False, True)):
+                    tree = config.model_dump()
+                    tree["training"]["accumulation"] = accumulation
+                    tree["engine"] |= {
+                        "data_parallel": None,
+                        "tensor_parallel": tp,
+                        "pipeline_parallel": pp,
+                        "zero_stage": stage,
+                        "activation_checkpointing": again,
+                    }
+                    with contextlib.suppress(UserError):  # whatever the config's own rules refuse
+                        changed = parse_config(tree, "")
+                        if objection(changed, cluster) is None:
                             yield changed
 
 
 def _with_engine(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"engine": config.engine.model_copy(update=changes)})
-
-
-def _loads(config: Config) -> bool:
-    """Whether the config's own rules hold, which a copy does not check."""
-    try:
-        parse_config(config.model_dump(), "")
-    except UserError:
-        return False
-    return True
 
 
 def divisors(number: int) -> list[int]:

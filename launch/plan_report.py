@@ -108,7 +108,7 @@ def report(
     """The plan as lines for a terminal."""
     gpu = cluster.gpu
     lines = [
-        f"{costs.parameters / 1e9:.2f} B parameters in {len(costs.forward)} layers, vocabulary "
+        f"{costs.forward.parameters / 1e9:.2f} B parameters in {len(costs.forward.flops)} layers, vocabulary "
         f"{costs.vocabulary.size:,} ({counted_from})",
         f"{cluster.nodes:,} x {cluster.gpus_per_node} = {cluster.world:,} GPUs {gpu.name}: {gpu.tflops:g} TFLOP/s, "
         f"{gpu.memory_gib:g} GiB, NVLink {gpu.nvlink_gb_s:g} GB/s, network {gpu.network_gb_s:g} GB/s",
@@ -260,7 +260,7 @@ def summary(
     found: dict[str, Any] = {
         "possible": reason is None,
         "reason": reason,
-        "parameters": costs.parameters,
+        "parameters": costs.forward.parameters,
         "vocabulary": costs.vocabulary.size,
         "gpus": cluster.world,
     }
@@ -274,25 +274,15 @@ def summary(
             },
             "flops_per_sample": plan.costs.flops,
             "exchanges": [
-                {
-                    "what": each.transfer.what,
-                    "kind": each.transfer.kind,
-                    "axis": each.transfer.axis,
-                    "link": each.link,
-                    "bytes": each.transfer.size,
-                    "time_s": each.time_s,
-                    "exposed_s": each.exposed_s,
-                    "host_s": each.host_s,
-                }
+                {name: getattr(each.transfer, name) for name in ("what", "kind", "axis")}
+                | {"bytes": each.transfer.size}
+                | {name: getattr(each, name) for name in ("link", "time_s", "exposed_s", "host_s")}
                 for each in plan.exchanges
             ],
-            "compute_s": plan.compute_s,
-            "bubble_s": plan.bubble_s,
-            "host_s": plan.host_s,
-            "step_s": plan.step_s,
-            "samples_per_s": plan.samples_per_s,
-            "mfu": plan.mfu,
-            "hours": plan.hours,
+            **{
+                name: getattr(plan, name)
+                for name in ("compute_s", "bubble_s", "host_s", "step_s", "samples_per_s", "mfu", "hours")
+            },
             "gpu_hours": plan.hours * cluster.world,
             "decoding_cores_per_node": plan.decoding_cores,
         }

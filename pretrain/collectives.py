@@ -19,7 +19,10 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", Fu
 Group = dist.ProcessGroup | None
 
 
-class Pretended(dist.ProcessGroup):
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class Pretended(_ProcessGroup):
     """The first of so many ranks, alone: on the meta device, where shapes are all there is, nobody misses the others.
 
     What would be exchanged is noted: its kind, and of an all-gather the bytes that come out, else those that go in.
@@ -29,16 +32,16 @@ class Pretended(dist.ProcessGroup):
         super().__init__(0, size)
         self.note = note
 
-    def allreduce(self, tensors: list[Tensor], *options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def allreduce(self, tensors: list[Tensor], *_: Any) -> None:
         self.note("all-reduce", tensors[0].nbytes)
 
-    def _allgather_base(self, output: Tensor, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _allgather_base(self, output: Tensor, *_: Any) -> None:
         self.note("all-gather", output.nbytes)
 
-    def _reduce_scatter_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _reduce_scatter_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:
         self.note("reduce-scatter", rows.nbytes)
 
-    def alltoall_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def alltoall_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:
         self.note("all-to-all", rows.nbytes)
 
     # As torch calls them from 2.13 on.

@@ -30,28 +30,6 @@ class Memory:
         return sum(self.items.values())
 
 
-def memory(config: Config, cost: StepCost, layout: Layout, part: range, stage: int = 0, *, gpu: bool = True) -> Memory:
-    """What a rank of a pipeline stage (the only one, without a pipeline) holds in tensors at its fullest moment.
-
-    Args:
-        config: the whole config.
-        cost: of all layers.
-        layout: how samples and layers lie on the ranks.
-        part: the stage's own layers.
-        stage: place in the pipeline; earlier ones keep the activations of more micro-steps.
-        gpu: bf16 if the config leaves it open, buffers twice for overlap, and updates of many tensors at once.
-    """
-    moments = _moments(_Rank(config, cost, layout, part, stage, gpu))
-    return max((Memory(name, items) for name, items in moments.items()), key=lambda memory: memory.total)
-
-
-def activations(
-    config: Config, cost: StepCost, layout: Layout, part: range, stage: int = 0, *, gpu: bool = True
-) -> float:
-    """Bytes of the activations in the backward pass, at their most, whatever else the rank holds then."""
-    return _Rank(config, cost, layout, part, stage, gpu).activations
-
-
 def released(config: Config, elements: int) -> float:
     """Elements that stage 3 gathers again for the backward pass: those whose next use is too far off to wait for.
 
@@ -61,15 +39,23 @@ def released(config: Config, elements: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Rank:
-    """What the moments of a rank are made of."""
+class Rank:
+    """A rank of a pipeline stage (the only one, without a pipeline), and what it holds in tensors."""
 
     config: Config
     cost: StepCost
     layout: Layout
     part: range
-    stage: int
-    gpu: bool
+    """The stage's own layers."""
+    stage: int = 0
+    """Place in the pipeline; earlier ones keep the activations of more micro-steps."""
+    gpu: bool = True
+    """bf16 if the config leaves it open, buffers twice for overlap, and updates of many tensors at once."""
+
+    @property
+    def memory(self) -> Memory:
+        """At its fullest moment."""
+        return max((Memory(*moment) for moment in _moments(self).items()), key=lambda memory: memory.total)
 
     @cached_property
     def costs(self) -> Sequence[LayerCost]:
@@ -113,11 +99,6 @@ class _Rank:
         """A copy of what is in the bucket."""
         return self.width * min(self.n, REDUCE_BUCKET)
 
-    @property
-    def batch(self) -> float:
-        """Bytes that the model reads in all micro-steps."""
-        return self.cost.columns
-
     @cached_property
     def waiting(self) -> float:
         """Bytes that wait for the backward pass, of micro-steps besides the one that runs; messages included."""
@@ -131,16 +112,16 @@ class _Rank:
         """Bytes of activations, if each layer's moment is so far above what those before it keep."""
         before = accumulate((cost.kept for cost in self.costs), initial=0.0)
         most = max(kept + peak for kept, peak in zip(before, peaks, strict=False))
-        return self.waiting + self.batch + most
+        return self.waiting + self.cost.columns + most
 
     @cached_property
     def activations(self) -> float:
-        """Bytes at the fullest moment of the backward pass, gradients of activations and of one weight included."""
-        before = max(self.cost.first, self.cost.together) + self.batch
+        """Bytes at the most in the backward pass, gradients of them and of one weight included, or before."""
+        before = max(self.cost.first, self.cost.together) + self.cost.columns
         return max(self.fullest([cost.peak_backward for cost in self.costs]), before)
 
 
-def _moments(rank: _Rank) -> Moments:
+def _moments(rank: Rank) -> Moments:
     match rank.config.engine.zero_stage:
         case 0:
             return _without_zero(rank)
@@ -155,29 +136,29 @@ def _moments(rank: _Rank) -> Moments:
     raise AssertionError("config allows no other stage")
 
 
-def _without_zero(rank: _Rank) -> Moments:
+def _without_zero(rank: Rank) -> Moments:
     n = rank.n
     held = {"weights": rank.width * n, "gradients": 4 * n, "optimizer": (8 if rank.width == 4 else 12) * n}
     updated = n if rank.gpu else max(rank.sizes)
     return {
         "backward pass": held | {"activations": rank.activations},
-        "update": held | {"activations": rank.batch, "working space": rank.update * updated},
+        "update": held | {"activations": rank.cost.columns, "working space": rank.update * updated},
     }
 
 
-def _stage_1_in_bf16(rank: _Rank) -> Moments:
+def _stage_1_in_bf16(rank: Rank) -> Moments:
     """Gradients in bf16 stay, those in fp32 are whole on every rank."""
     n = rank.n
     held = {"weights": 2 * n, "gradients": 2 * n + 4 * n, "optimizer": 12 * rank.share}
     buffers = 2 * n + (4 * n if n < REDUCE_BUCKET else 0)
     return {
         "backward pass": held | {"activations": rank.activations},
-        "reduction": held | {"activations": rank.batch, "buffers": buffers},
-        "update": held | {"activations": rank.batch, "working space": rank.update * rank.share},
+        "reduction": held | {"activations": rank.cost.columns, "buffers": buffers},
+        "update": held | {"activations": rank.cost.columns, "working space": rank.update * rank.share},
     }
 
 
-def _stage_1(rank: _Rank) -> Moments:
+def _stage_1(rank: Rank) -> Moments:
     """In fp32, or with the optimizer's state in host memory."""
     n, width, share, piped = rank.n, rank.width, rank.share, rank.layout.pipeline_parallel > 1
     held = {"weights": width * n, "optimizer": 12 * share * rank.on_device}
@@ -186,14 +167,14 @@ def _stage_1(rank: _Rank) -> Moments:
         "reduction": held
         | {
             "gradients": width * max(share, n if piped else 0),
-            "activations": rank.batch,
+            "activations": rank.cost.columns,
             "buffers": rank.bucket * (2 if piped else 1) + (rank.reduced if rank.layout.data_parallel > 1 else 0),
         },
         "update": held | {"gradients": (4 + width) * share, "working space": rank.update * share * rank.on_device},
     }
 
 
-def _stage_2(rank: _Rank) -> Moments:
+def _stage_2(rank: Rank) -> Moments:
     share = rank.share
     held = {"weights": rank.width * rank.n, "optimizer": 12 * share * rank.on_device}
     gradients = {"gradients": 4 * share}  # in fp32 the first ones stay in the bucket
@@ -202,12 +183,12 @@ def _stage_2(rank: _Rank) -> Moments:
     work = (4 + rank.update) * share * rank.on_device
     return {
         "backward pass": held | earlier | {"activations": rank.activations, "buffers": buffers},
-        "reduction": held | gradients | {"activations": rank.batch, "buffers": buffers + rank.reduced},
-        "update": held | gradients | {"activations": rank.batch, "working space": work},
+        "reduction": held | gradients | {"activations": rank.cost.columns, "buffers": buffers + rank.reduced},
+        "update": held | gradients | {"activations": rank.cost.columns, "working space": work},
     }
 
 
-def _stage_3(rank: _Rank) -> Moments:
+def _stage_3(rank: Rank) -> Moments:
     width, share = rank.width, rank.share
     small = sum(size for size in rank.sizes if size < PERSISTENT)
     cut = rank.n - small
@@ -224,11 +205,11 @@ def _stage_3(rank: _Rank) -> Moments:
     running = rank.fullest([cost.peak_forward for cost in rank.costs])
     forward = {"activations": running, "gathered weights": gathered + fetched}
     backward = {"activations": rank.activations, "gathered weights": gathered + fetched_again}
-    reduction = {"activations": rank.batch, "gathered weights": gathered, "buffers": rank.bucket + rank.reduced}
+    reduction = {"activations": rank.cost.columns, "gathered weights": gathered, "buffers": rank.bucket + rank.reduced}
     part = min(share, SUB_GROUP) * rank.on_device
     return {
         "forward pass": held | forward,
         "backward pass": held | backward,
         "reduction": held | reduction,
-        "update": held | {"activations": rank.batch, "working space": (4 + rank.update) * part},
+        "update": held | {"activations": rank.cost.columns, "working space": (4 + rank.update) * part},
     }

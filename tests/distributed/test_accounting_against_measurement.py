@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from distributed.tiny import mesh_of, tiny_config
 from pretrain.accounting.exchange import transfers
 from pretrain.accounting.layers import Transfer, measure_forward, measure_step, value_type
-from pretrain.accounting.memory import REDUCE_BUCKET, memory
+from pretrain.accounting.memory import REDUCE_BUCKET, Rank
 from pretrain.accounting.stages import cut_evenly, layout_of
 from pretrain.collectives import Pretended
 from pretrain.config import ARCHITECTURES
@@ -158,7 +158,7 @@ def test_peak_memory_is_predicted_within_a_tenth(two_ranks, changes):
     measured = two_ranks.run(peak_bytes, config)
     for rank, bytes_held in enumerate(measured):
         stage = rank if layout.pipeline_parallel > 1 else 0
-        predicted = memory(config, cost, layout, cuts(config)[stage], stage, gpu=False)
+        predicted = Rank(config, cost, layout, cuts(config)[stage], stage, gpu=False).memory
         # DeepSpeed's buckets of 1 or 2 GB would hide whatever else is wrong.
         bucket = value_type(config, gpu=False).itemsize * REDUCE_BUCKET
         buckets = predicted.items.get("buffers", 0) // bucket * bucket
