@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="predict memory, communication and time of a run, and the best layouts",
-        description="Predict what a run needs on a cluster and how long it takes, without torch or a GPU. "
+        description="Predict what a run needs on a cluster and how long it takes, without a GPU. "
         "Exits with 0 if the run is possible and fits, else with 4.",
         formatter_class=HelpFormatter,
         epilog=examples(

@@ -279,10 +279,9 @@ def summary(
                 | {name: getattr(each, name) for name in ("link", "time_s", "exposed_s", "host_s")}
                 for each in plan.exchanges
             ],
-            **{
-                name: getattr(plan, name)
-                for name in ("compute_s", "bubble_s", "host_s", "step_s", "samples_per_s", "mfu", "hours")
-            },
+            **{name: getattr(plan, name) for name in ("compute_s", "bubble_s", "host_s", "step_s", "samples_per_s")},
+            "mfu": plan.mfu,
+            "hours": plan.hours,
             "gpu_hours": plan.hours * cluster.world,
             "decoding_cores_per_node": plan.decoding_cores,
         }

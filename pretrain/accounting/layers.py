@@ -231,7 +231,8 @@ class _Run:
                 model.get_submodule(layer.name).register_forward_pre_hook(
                     lambda *_, name=layer.name: meter.enter(("together", name))
                 )
-        have, stand_ins = prepare(model, [self.batch] * steps, ALONE, partial(self.forward, phase="first"))[0]
+        prepared = prepare(model, [self.batch] * steps, ALONE, partial(self.forward, phase="first"))
+        have, stand_ins = prepared[0]
         peaks = {
             phase: max((size for place, size in meter.peak.items() if place[0] == phase), default=0)
             for phase in ("first", "together")

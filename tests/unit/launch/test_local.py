@@ -212,10 +212,8 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(folder: Path):
     assert all(is_running(pid) for pid in pids)
     process.send_signal(signal.SIGTERM)
     code, _, last = finish(process)
-    assert (code, last) == (
-        85,
-        "launch: stopped as asked; exit code 85 (saved what there was; the same command goes on from there)",
-    )
+    said = "launch: stopped as asked; exit code 85 (saved what there was; the same command goes on from there)"
+    assert (code, last) == (85, said)
 
 
 def test_a_run_starts_by_torchruns_own_words(folder: Path):
