@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from rich.table import Table
 from data_pipelines.command_line import parser
 from data_pipelines.console import OUT, print_census, print_counts, print_reasons, progress_bar
 from data_pipelines.errors import DataError, UserError, cannot_write
+from data_pipelines.text import counted, to_json
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Part
@@ -71,18 +71,27 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     from data_pipelines.pack import pack
+    from data_pipelines.pairs import read_pairs
 
-    with progress_bar("packing", None, "rows") as advance:
+    if options.label_column and not options.heldout:
+        raise DataError("--label-column makes prompts.json for held-out samples: add --heldout, or leave it out.")
+    pairs = read_pairs(options.source, options.image_column, options.caption_column)
+    with progress_bar("packing", pairs.total, "rows") as advance:
         packed = pack(
-            options.source,
+            pairs,
             options.out,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
             samples_per_shard=options.samples_per_shard,
+            heldout=options.heldout or 0,
+            label_column=options.label_column or "",
             on_row=advance,
         )
-    shards = len(packed.manifest.shards)
-    print(f"{options.out / 'manifest.json'}: {packed.good:,} samples in {shards:,} shards")
+    folders = ("train", "heldout") if options.heldout else ("",)
+    for folder, manifest in zip(folders, packed.manifests, strict=True):
+        samples, shards = counted(manifest.samples, "sample"), counted(len(manifest.shards), "shard")
+        print(f"{options.out / folder / 'manifest.json'}: {samples} in {shards}")
+    for column, name in pairs.fields.items():
+        if column != name:
+            print(f"The column {column!r} is {name!r} in each sample's json, where {column!r} is what training reads")
     print_reasons(packed.rejected, f"rejected rows, listed in {options.out / 'rejected.jsonl'}")
 
 
@@ -122,8 +131,8 @@ def _index(options: argparse.Namespace) -> None:
     if report.reused:
         print(f"{report.reused:,} of these shards had been scanned before")
     if report.faults:
-        lines = (json.dumps(asdict(drop), ensure_ascii=False) for drop in report.faults)
-        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        lines = (to_json(asdict(drop)) for drop in report.faults)
+        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         print_reasons(Counter(drop.reason for drop in report.faults), f"samples with a fault, listed in {listing}")
     print_reasons(report.filtered, "samples filtered out")
 
@@ -198,9 +207,7 @@ def _stats(options: argparse.Namespace) -> None:
         print(f"{path}: {census.samples:,} samples; add the parts up with `python -m data_pipelines stats --merge`")
         return
     content = census.to_dict()
-    write_atomically(
-        options.output, lambda tmp: tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    )
+    write_atomically(options.output, lambda tmp: tmp.write_text(to_json(content, indent=2) + "\n", encoding="utf-8"))
     print_census(content)
     print(f"{options.output}: the same as JSON")
 

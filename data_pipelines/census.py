@@ -21,6 +21,7 @@ from data_pipelines.sample import Fault, Sample, hash64, normalised_caption, par
 from data_pipelines.scan import key_at
 from data_pipelines.sources import WHOLE, Part, Source, by_source, spread
 from data_pipelines.tar import TarError
+from data_pipelines.text import to_json
 from data_pipelines.verify import Problem
 
 FORMAT = 1  # of the file of a part
@@ -197,7 +198,7 @@ class Census:
 
         def write(tmp: Path) -> None:
             with tmp.open("wb") as file:  # numpy adds .npz to a bare name
-                np.savez(file, content=np.frombuffer(json.dumps(content).encode(), np.uint8), prints=self._prints())
+                np.savez(file, content=np.frombuffer(to_json(content).encode(), np.uint8), prints=self._prints())
 
         write_atomically(path, write)
 

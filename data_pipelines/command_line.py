@@ -74,8 +74,9 @@ def _pack(commands: argparse._SubParsersAction) -> None:
         commands,
         "pack",
         "turn a folder or a table of images and captions into shards",
-        "SOURCE is a folder of images, each with a .txt of the same name, or a .csv, .tsv, .jsonl or .parquet with a "
-        "column of image paths and one of captions. Rows that cannot be used are listed in OUT/rejected.jsonl.",
+        "SOURCE is a folder of images (JPEG, PNG or WebP), each with a .txt of the same name, or a .csv, .tsv, .jsonl "
+        "or .parquet with a column of image paths (of parquet, also image bytes) and one of captions. Rows that cannot "
+        "be used, images of other formats among them, are listed in OUT/rejected.jsonl.",
     )
     pack.add_argument("source", type=Path, metavar="SOURCE", help="folder or table")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their manifest")
@@ -84,6 +85,13 @@ def _pack(commands: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--samples-per-shard", type=_at_least(1), default=10_000, help="a shard of 10,000 is about 300 MB"
     )
+    pack.add_argument(
+        "--heldout",
+        type=_at_least(1),
+        metavar="NUMBER",
+        help="samples to set apart by a hash of the image, into OUT/heldout beside OUT/train",
+    )
+    pack.add_argument("--label-column", help="column of classes, for OUT/heldout/prompts.json")
 
 
 def _index(commands: argparse._SubParsersAction) -> None:

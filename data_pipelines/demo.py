@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from PIL import Image
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
 from data_pipelines.scenes import DRAWING, SHORT_SHARE, caption_of, draw_scene, picture_of, zero_shot_prompts
-from data_pipelines.shards import write_shard
+from data_pipelines.shards import filled, holds_anything, write_shard
+from data_pipelines.text import to_json
 from data_pipelines.tokenizer import train_sentencepiece
 
 SAMPLES_PER_SHARD = 1000
@@ -91,7 +91,7 @@ class Demo:
         Raises:
             DataError: It holds something else, or does not say what.
         """
-        if not folder.exists() or not any(folder.iterdir()):
+        if not holds_anything(folder):
             return False
         record = folder / "demo.json"
         try:
@@ -114,30 +114,25 @@ class Demo:
             processes: Drawing at the same time.
             on_shard: Called as each shard is done.
         """
-        prompts = json.dumps(self.kind.prompts(), indent=2, ensure_ascii=False)
-        folder = folder.absolute()
-        tmp = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was interrupted
-        for split in ("train", "heldout"):
-            (tmp / split).mkdir(parents=True)
-        jobs = self._jobs(tmp)
-        captions: list[str] = []
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            write = partial(_write_samples, kind=self.kind, seed=self.seed, size=self.size)
-            for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
-                captions += [] if is_heldout else texts
-                on_shard()
-        for split in ("train", "heldout"):
-            path = tmp / split / "manifest.json"
-            manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
-            manifest.save()
-        # Made-up captions hold no rare characters that are better unknown.
-        train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size, character_coverage=1.0)
-        (tmp / "heldout" / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
-        (tmp / "demo.json").write_text(json.dumps(self._record()) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        tmp.rename(folder)
+        with filled(folder) as tmp:
+            for split in ("train", "heldout"):
+                (tmp / split).mkdir()
+            jobs = self._jobs(tmp)
+            captions: list[str] = []
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                write = partial(_write_samples, kind=self.kind, seed=self.seed, size=self.size)
+                for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
+                    captions += [] if is_heldout else texts
+                    on_shard()
+            for split in ("train", "heldout"):
+                path = tmp / split / "manifest.json"
+                manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
+                manifest.save()
+            # Made-up captions hold no rare characters that are better unknown.
+            train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size, character_coverage=1.0)
+            prompts = to_json(self.kind.prompts(), indent=2)
+            (tmp / "heldout" / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
+            (tmp / "demo.json").write_text(to_json(self._record()) + "\n")
 
     def _record(self) -> dict[str, object]:
         numbers = {name: getattr(self, name) for name in ("train", "heldout", "size", "vocab_size", "seed")}
@@ -164,7 +159,7 @@ def _write_samples(job: tuple[Path, bool, int, int], *, kind: Kind, seed: int, s
                 "__key__": f"{index:08d}",
                 "jpg": jpeg.getvalue(),
                 "txt": caption.encode(),
-                "json": json.dumps(metadata, ensure_ascii=False).encode(),
+                "json": to_json(metadata).encode(),
             }
         )
         captions.append(caption)

@@ -15,6 +15,7 @@ import numpy as np
 from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.scan import FeatureFields
 from data_pipelines.storage import file_name
+from data_pipelines.text import open_text
 
 Unique = Literal["image", "caption", "pair"]
 
@@ -67,7 +68,8 @@ class Filters:
             tests.append((f"{name} not {' or '.join(sorted(values))}", fits))
         if self.min_score:
             name, least = self.min_score
-            tests.append((f"{name} below {least:g} or missing", found["score"] >= least))
+            tests.append((f"{name} missing or no number", ~np.isnan(found["score"])))
+            tests.append((f"{name} below {least:g}", found["score"] >= least))
         if self.uids:
             tests.append((f"uid not in {self.uids.name}", np.isin(_as_pairs(found["uid"]), self._uids)))
         for reason, fits in tests:
@@ -103,7 +105,7 @@ class Filters:
         if self.exclude:
             ours = set(locations)
             try:
-                with self.exclude.open(encoding="utf-8") as lines:
+                with open_text(self.exclude) as lines:
                     for line in lines:
                         row = json.loads(line)
                         shard = row["shard"]

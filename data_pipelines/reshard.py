@@ -19,6 +19,7 @@ from data_pipelines.shards import write_shard
 from data_pipelines.sources import WHOLE, Part, Source, by_source
 from data_pipelines.storage import shown
 from data_pipelines.tar import TarError, iter_members, iter_samples
+from data_pipelines.text import to_json
 
 _RECORD = "reshard.json"
 
@@ -71,7 +72,7 @@ class Resharding:
                 f"{ours}): go on with those, or name a new folder."
             )
         if theirs is None:
-            write_atomically(record, lambda tmp: tmp.write_text(json.dumps(ours) + "\n"))
+            write_atomically(record, lambda tmp: tmp.write_text(to_json(ours) + "\n"))
 
     def write(
         self, *, part: Part = WHOLE, processes: int | None = None, on_shard: Callable[[], None] = lambda: None

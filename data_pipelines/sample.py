@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.errors import SampleError
 from data_pipelines.tar import Member, TarError, TarSample, iter_members, iter_samples
+from data_pipelines.text import decode_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CAPTION_BYTES = 64 * 1024
@@ -63,23 +64,12 @@ class Sample:
     json: bytes | None
 
     def captions(self) -> tuple[str, ...]:
-        """What may be said of the image: the list `captions` of .json, else .txt, else `caption` of .json.
-
-        Without white space around them; empty ones of a list are passed over.
+        """What may be said of the image, as `read_captions` decides.
 
         Raises:
-            SampleError: There is none, or one is too long or not UTF-8.
+            ContentError: Nothing, or nothing that can be read.
         """
-        several = self.metadata().get("captions") if self.json and b'"captions"' in self.json else None
-        if isinstance(several, list):
-            texts = [self._clean(text) for text in several if isinstance(text, str)]
-        else:
-            texts = [self._clean(self.text or b"")]
-            if not any(texts) and isinstance(caption := self.metadata().get("caption"), str):
-                texts = [self._clean(caption)]
-        if not any(texts):
-            raise SampleError("caption is empty")
-        return tuple(text for text in texts if text)
+        return read_captions(self.text, self.json)
 
     def caption(self) -> str:
         """The first of `captions`."""
@@ -89,22 +79,52 @@ class Sample:
         """The fields of .json, none where there is no such member.
 
         Raises:
-            SampleError: It is not a JSON object.
+            ContentError: It is not a JSON object.
         """
-        content = {} if self.json is None else _parse_json(self.json)
-        if content is None:
-            raise SampleError("json is not an object")
-        return content
+        return {} if self.json is None else _parse_json(self.json)
 
-    @staticmethod
-    def _clean(text: str | bytes) -> str:
-        raw = text.encode(errors="replace") if isinstance(text, str) else text
-        if len(raw) > MAX_CAPTION_BYTES:
-            raise SampleError(f"caption of {len(raw):,} bytes is longer than {MAX_CAPTION_BYTES:,}")
-        try:
-            return raw.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise SampleError("caption is not UTF-8") from None
+
+class ContentError(SampleError):
+    """What a member of a sample says cannot be used."""
+
+    def __init__(self, fault: Fault, reason: str):
+        super().__init__(reason)
+        self.fault = fault
+
+
+def read_captions(text: bytes | None, metadata: bytes | None) -> tuple[str, ...]:
+    """The captions of a sample: the texts of the list `captions` of .json, or else .txt, or else `caption` of .json.
+
+    Scans, tools and training all ask here. White space around a caption does not count, and an empty one is none.
+
+    Raises:
+        ContentError: There is none, or one is too long or no text.
+    """
+    if metadata and b'"captions"' in metadata:
+        several = _parse_json(metadata).get("captions")
+        texts = [_clean(one) for one in several if isinstance(one, str)] if isinstance(several, list) else []
+        if any(texts):
+            return tuple(one for one in texts if one)
+    if text and (caption := _clean(text)):
+        return (caption,)
+    one = None if metadata is None else _parse_json(metadata).get("caption")
+    if isinstance(one, str) and (caption := _clean(one)):
+        return (caption,)
+    raise ContentError(Fault.NO_CAPTION if text is None else Fault.EMPTY_CAPTION, "caption is empty")
+
+
+def _clean(text: str | bytes) -> str:
+    raw = text.encode(errors="replace") if isinstance(text, str) else text
+    if len(raw) > MAX_CAPTION_BYTES:
+        reason = f"caption of {len(raw):,} bytes is longer than {MAX_CAPTION_BYTES:,}"
+        raise ContentError(Fault.BAD_CAPTION, reason)
+    try:
+        caption = decode_text(raw).strip()
+    except UnicodeDecodeError:
+        raise ContentError(Fault.BAD_CAPTION, "caption is not UTF-8") from None
+    if "\0" in caption:
+        raise ContentError(Fault.BAD_CAPTION, "caption is not UTF-8 text: it holds null bytes, as UTF-16 does")
+    return caption
 
 
 def parse_sample(shard: str, data: bytes) -> Sample:
@@ -160,33 +180,23 @@ def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
         return Fault.NO_IMAGE
     if not image.size:
         return Fault.EMPTY_IMAGE
-    if text := sample.members.get("txt"):
-        return Fault.NONE if text.size or _has_captions(sample, read) else Fault.EMPTY_CAPTION
-    if "json" not in sample.members:
-        return Fault.NO_CAPTION
-    return Fault.NONE if _has_captions(sample, read) else _fault_of_json(sample, read)
+    text, metadata = sample.members.get("txt"), sample.members.get("json")
+    if text and text.size:
+        return Fault.NONE
+    try:
+        read_captions(text and read(text.start, text.size), metadata and read(metadata.start, metadata.size))
+    except ContentError as error:
+        return error.fault
+    return Fault.NONE
 
 
-def _has_captions(sample: TarSample, read: Callable[[int, int], bytes]) -> bool:
-    member = sample.members.get("json")
-    content = _parse_json(read(member.start, member.size)) if member else None
-    if content is None:
-        return False
-    several = content.get("captions")
-    texts = several if isinstance(several, list) else [content.get("caption")]
-    return any(isinstance(text, str) and text.strip() for text in texts)
-
-
-def _fault_of_json(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
-    member = sample.members["json"]
-    return Fault.BAD_JSON if _parse_json(read(member.start, member.size)) is None else Fault.NO_CAPTION
-
-
-def _parse_json(raw: bytes) -> dict[str, object] | None:
+def _parse_json(raw: bytes) -> dict[str, object]:
     if len(raw) > MAX_JSON_BYTES:
-        return None
+        raise ContentError(Fault.BAD_JSON, f"json of {len(raw):,} bytes is longer than {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = None
+    if not isinstance(content, dict):
+        raise ContentError(Fault.BAD_JSON, "json is not an object")
+    return content

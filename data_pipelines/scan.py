@@ -14,6 +14,7 @@ from data_pipelines.header import size_of
 from data_pipelines.sample import Fault, Sample, fault_of, hash64, normalised_caption, parse_sample
 from data_pipelines.storage import ByteSource
 from data_pipelines.tar import TarError, iter_members, iter_samples, split_name
+from data_pipelines.text import number_of
 
 READ_AHEAD = 8 << 20  # bytes of a remote shard that one request brings
 
@@ -27,7 +28,7 @@ FEATURES = np.dtype(
         ("image_hash", "<u8"),
         ("caption_hash", "<u8"),  # after lower-casing and joining white space
         ("uid", "<u8", (2,)),  # DataComp's, from 32 hexadecimal digits
-        ("score", "<f8"),  # NaN where the field is missing
+        ("score", "<f8"),  # NaN where the field is missing or no number
         ("language", "S16"),  # empty where the field is missing
     ]
 )
@@ -116,7 +117,6 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
     except SampleError:
         metadata = {}
     height, width = size_of(sample.image)
-    score = metadata.get(names.score)
     uid = metadata.get("uid")
     return (
         width,
@@ -125,16 +125,9 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
         hash64(sample.image),
         hash64(normalised_caption(caption)),
         _uid(uid) if isinstance(uid, str) else (0, 0),
-        _score(score) if isinstance(score, int | float) else np.nan,
+        number_of(metadata.get(names.score)),
         str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can spell half a letter
     )
-
-
-def _score(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an integer of hundreds of digits
-        return np.nan
 
 
 def _uid(text: str) -> tuple[int, int]:

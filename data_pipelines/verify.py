@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from data_pipelines.scan import key_at, scan
 from data_pipelines.sources import Source
 from data_pipelines.storage import ByteSource
 from data_pipelines.tar import TarError
+from data_pipelines.text import to_json
 
 MISSING = "the shard cannot be read"
 CHANGED = "the shard has changed since it was indexed"
@@ -79,8 +79,8 @@ def verify(
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Writes one JSON object a line, as `index --exclude` reads them."""
     rows = ({name: value for name, value in asdict(found).items() if name != "detail" or value} for found in problems)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    text = "".join(to_json(row) + "\n" for row in rows)
+    write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
 def _verify_shard(shard: Source) -> Verdict:

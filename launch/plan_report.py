@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
+from data_pipelines.text import to_json
 from launch.hardware import (
     COMPUTE_EFFICIENCY,
     DECODED_PER_CORE_S,
@@ -53,7 +54,7 @@ def run_plan(
         )
     compared = compare(plan, run) if plan and run else {}
     if as_json:
-        print(json.dumps(summary(config, cluster, costs, plan, reason, best, compared), indent=2))
+        print(to_json(summary(config, cluster, costs, plan, reason, best, compared), indent=2))
     else:
         print("\n".join(report(config, cluster, costs, counted_from, plan, reason, best, compared)))
     return 4 if reason else 0

@@ -62,13 +62,10 @@ def captions(sample: Found) -> list[str]:
     """What may be said of the image: `captions` of .json, else .txt, else `caption` of .json."""
     raw, text = sample.first("json"), sample.first("txt") or b""
     several = _json(raw).get("captions") if raw and b'"captions"' in raw else None
-    if isinstance(several, list):
-        texts = [_told(one) for one in several if isinstance(one, str)]
-    else:
-        texts = [_text(text)]
-        if not texts[0] and raw is not None and isinstance(one := _json(raw).get("caption"), str):
-            texts = [_told(one)]
-    texts = [one for one in texts if one]
+    texts = [_told(one) for one in several if isinstance(one, str)] if isinstance(several, list) else []
+    texts = [one for one in texts if one] or [one for one in [_text(text)] if one]
+    if not texts and raw is not None and isinstance(one := _json(raw).get("caption"), str):
+        texts = [one for one in [_told(one)] if one]
     if not texts:
         raise UnusableError("empty")
     return texts
@@ -82,9 +79,13 @@ def _text(raw: bytes) -> str:
     if len(raw) > 65_536:
         raise UnusableError("too long")
     try:
-        return raw.decode().removeprefix("\ufeff").strip()
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = raw.decode("utf-16") if wide else raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise UnusableError("not UTF-8") from None
+    if "\0" in text.strip():
+        raise UnusableError("null bytes")
+    return text.strip()
 
 
 def _json(raw: bytes) -> dict[str, object]:
@@ -101,7 +102,7 @@ def _fault(sample: Found) -> str:
     extensions = [extension for extension, _ in sample.members]
     if len(set(extensions)) < len(extensions):
         return "two members of one kind"
-    image, text, raw = sample.first(*IMAGES), sample.first("txt"), sample.first("json")
+    image, text = sample.first(*IMAGES), sample.first("txt")
     if image is None:
         return "no image"
     if not image:
@@ -109,15 +110,11 @@ def _fault(sample: Found) -> str:
     if text:
         return ""
     try:
-        content = None if raw is None else _json(raw)
-    except UnusableError:
-        return "unreadable json" if text is None else "empty caption"
-    if content is not None:
-        several = content.get("captions")
-        said = several if isinstance(several, list) else [content.get("caption")]
-        if [one for one in said if isinstance(one, str) and one.strip()]:
-            return ""
-    return "no caption" if text is None else "empty caption"
+        captions(sample)
+    except UnusableError as error:
+        kinds = {"json": "unreadable json", "empty": "no caption" if text is None else "empty caption"}
+        return kinds.get(str(error), "unreadable caption")
+    return ""
 
 
 def _group(members: list[tuple[str, int, int, bytes]]) -> list[Found]:

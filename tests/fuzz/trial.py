@@ -86,7 +86,7 @@ def _index_and_read(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> Non
     try:
         manifest, report = build_manifest([shard], folder / "manifest.json", processes=1)
     except DataError as error:
-        _check_sentence(error, shard)
+        check_sentence(error, shard)
         manifest, report = None, Report()
     assert (manifest is None) == (not good)
     if manifest is None:
@@ -163,7 +163,7 @@ def _check_training(bench: Bench, manifest: Manifest, told: Sequence[Found | str
     try:
         batch, again = (next(data.batches(data.initial_state())) for _ in range(2))
     except DataError as error:
-        _check_sentence(error, shard)
+        check_sentence(error, shard)
         batch = again = None
     assert (batch is None) == ("changed" in told or not any(usable))
     if batch is None or again is None:
@@ -207,16 +207,18 @@ def _read(manifest: Manifest, shard: Path) -> list[Outcome]:
         except SampleError as error:
             read.append(str(error))
         except DataError as error:
-            _check_sentence(error, shard)
+            check_sentence(error, shard)
             read.append("changed")
     reader.close()
     return read
 
 
-def _check_sentence(error: DataError, shard: Path) -> None:
+def check_sentence(error: DataError, source: Path) -> None:
+    """One line of bounded length that names the source."""
     message = str(error)
     assert message.isprintable(), message
-    assert str(shard) in message, message
+    assert len(message) < 1000 + 2 * len(str(source)), message
+    assert str(source) in message, message
 
 
 def _said(sample: Sample) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ ENTRY = ("pretrain", "data_pipelines")
 ALLOWED = {  # part -> what it may import of ours besides itself; a part stands above all it imports
     "launch": (
         *("pretrain.accounting", "pretrain.models.towers", "pretrain.config"),
-        *("data_pipelines.errors", "data_pipelines.help_text"),
+        *("data_pipelines.errors", "data_pipelines.help_text", "data_pipelines.text"),
     ),
     "pretrain.__main__": ENTRY,
     "pretrain.train": ENTRY,
@@ -36,11 +36,17 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.figures", "pretrain.stopping", "data_pipelines"),
     ),
     "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
-    "pretrain.metrics": ("pretrain.config", "pretrain.screen", "data_pipelines.batch", "data_pipelines.errors"),
+    "pretrain.metrics": (
+        "pretrain.config",
+        "pretrain.screen",
+        "data_pipelines.batch",
+        "data_pipelines.errors",
+        "data_pipelines.text",
+    ),
     "pretrain.retrieval": (),
     "pretrain.run_folder": (
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
-        "data_pipelines.manifest",
+        *("data_pipelines.manifest", "data_pipelines.text"),
     ),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
@@ -51,7 +57,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.scores", "pretrain.zero_shot", "data_pipelines"),
     ),
     "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
-    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest"),
+    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest", "data_pipelines.text"),
     "pretrain.stopping": (),
     "pretrain.screen": (),
     "pretrain.parallel": (
