@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipelines.help_text import HelpFormatter, examples
+
 
 def parser() -> argparse.ArgumentParser:
     """Parses into a namespace whose `command` is the name of the command."""
@@ -22,8 +24,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: argparse._SubParsersAction, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    plain = argparse.ArgumentDefaultsHelpFormatter
-    return commands.add_parser(name, formatter_class=plain, help=help, description=description)
+    epilog = examples(*(f"python -m data_pipelines {name} {words}" for words in _EXAMPLES[name]))
+    return commands.add_parser(name, formatter_class=HelpFormatter, help=help, description=description, epilog=epilog)
+
+
+_EXAMPLES = {
+    "demo": ("data/demo", "data/emoji --kind emoji --train 5000"),
+    "pack": (
+        "captions.csv data/pairs/train --image-column path --caption-column text",
+        "photos/ data/photos",
+    ),
+    "index": (
+        "'data/web/{00000..00099}.tar' -o data/web/manifest.json",
+        "data/web -o data/web/clean.json --min-size 200 --unique image --min-score similarity=0.28",
+        "s3://bucket/web/*.tar -o data/web/remote.json --checksums",
+    ),
+    "verify": ("data/web/manifest.json",),
+    "stats": ("data/web/manifest.json --sample 10000", "--merge stats.0-of-2.npz stats.1-of-2.npz"),
+    "inspect": ("data/web/manifest.json -o report",),
+    "reshard": ("data/web/manifest.json -o data/shuffled --samples-per-shard 10000",),
+    "tokenizer": ("data/pairs/train/manifest.json -o data/pairs/tokenizer.model --vocab-size 30000",),
+    "adopt": ("models/bert-base-chinese -o data/pairs/tokenizer",),
+    "coverage": ("data/pairs/tokenizer.model data/pairs/train/manifest.json",),
+}
 
 
 def _demo(commands: argparse._SubParsersAction) -> None:
@@ -178,7 +201,9 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument("--vocab-size", type=_at_least(6), required=True, help="pieces, at most, such as 16000")
+    tokenizer.add_argument(
+        "--vocab-size", type=_at_least(6), required=True, help="pieces, at most; 30000 suits web captions"
+    )
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from data_pipelines.text import counted
 
@@ -35,6 +36,15 @@ class MissingError(DataError):
             f"{len(names):,} of {counted(total, 'shard')} cannot be found: {listed}. Put them back, or name the others "
             f"alone."
         )
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Says of what is wrong with a file which key of the config gave it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
 
 
 def cannot_open(what: str, error: OSError) -> DataError:

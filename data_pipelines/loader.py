@@ -14,7 +14,7 @@ from data_pipelines.assemble import Assembler, Row, collate
 from data_pipelines.augment import Augmentation
 from data_pipelines.batch import BadSample, Batch
 from data_pipelines.config import DataConfig, SourceConfig
-from data_pipelines.errors import DataError, SampleError
+from data_pipelines.errors import DataError, SampleError, named
 from data_pipelines.manifest import Manifest
 from data_pipelines.mixture import DataState, Segment, SourceIdentity, integer_shares
 from data_pipelines.order import Order
@@ -59,17 +59,11 @@ class TrainingData:
         dp_rank: int = 0,
         dp_size: int = 1,
     ):
-        share = dp_size * accumulation * config.grain
-        if global_batch < 1 or global_batch % share:
-            below = global_batch // share * share
-            nearest = f"{below:,} or {below + share:,}" if below else f"{share:,}"
-            raise DataError(
-                f"global_batch {global_batch:,} does not divide into whole grains: {dp_size} data-parallel ranks x "
-                f"accumulation {accumulation} x data.grain {config.grain} = {share:,} must divide it; "
-                f"use {nearest}, or a smaller data.grain."
-            )
+        if misfit := config.misfit(global_batch, accumulation, dp_size):
+            raise DataError(misfit)
         self._config = config
-        self.tokenizer = Tokenizer.load(config.tokenizer)
+        with named("data.tokenizer"):
+            self.tokenizer = Tokenizer.load(config.tokenizer)
         self.sources = _open_sources(config, seed)
         changes = (source.config.weight for source in self.sources if isinstance(source.config.weight, dict))
         for step in sorted({0}.union(*changes)):
@@ -191,7 +185,8 @@ def _open_sources(config: DataConfig, seed: int) -> tuple[Source, ...]:
     given = {"train": SourceConfig(manifest=config.train)} if isinstance(config.train, Path) else config.train
     sources: list[Source] = []
     for name, source in sorted(given.items()):  # so that the order of lines in the YAML changes nothing
-        manifest = Manifest.load(source.manifest)
+        with named("data.train" if isinstance(config.train, Path) else f"data.train.{name}.manifest"):
+            manifest = Manifest.load(source.manifest)
         try:
             order = Order(
                 [shard.samples for shard in manifest.shards],

@@ -4,15 +4,17 @@ Frozen, and strict: an unknown key is refused with the nearest name, a value out
 combination that cannot work with both keys and the fix. Imports no torch, so a login node reads it at once.
 """
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section
+from pretrain.config_text.problems import sentences
+from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
 
 
@@ -339,6 +341,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=2000, ge=0)
+    """Steps in which the rate rises from 0. Where it is not given, a run of fewer than 20,000 steps has a tenth."""
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
@@ -403,6 +406,16 @@ class Config(Section):
             return given
         return given | {"objectives": {name: {} for name in choice.objectives} | objectives}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten_the_default_warmup(cls, given: Any) -> Any:
+        match given:
+            case {"training": {"steps": int(steps)}} if steps < 20_000:
+                optimizer = given.get("optimizer", {})
+                if isinstance(optimizer, dict) and "warmup_steps" not in optimizer:
+                    return {**given, "optimizer": {**optimizer, "warmup_steps": max(steps, 0) // 10}}
+        return given
+
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
         architecture = self.model.architecture
@@ -450,66 +463,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a key, a value or a combination is wrong; the message names
             all of them, one line each.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"No config at {path}: give the path of a YAML file, such as configs/demo.yaml.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one.")
-    return parse_config(tree, str(path), overrides)
+    return _checked(read_tree(path, Config), overrides)
 
 
-def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Checks a tree of plain values after applying `key.path=value` overrides; `source` is named in the errors."""
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Checks a tree of plain values, overrides laid over it; `source` is named in the errors."""
+    return _checked(Tree(source, copy.deepcopy(values)), overrides)
+
+
+def _checked(tree: Tree, overrides: Sequence[str]) -> Config:
     for override in overrides:
-        _apply_override(tree, override)
+        lay_over(tree, override, Config)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree.values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"Cannot read the override {override!r}: write key=value, such as training.steps=100.")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"Cannot read the value of {key}={text}: quote it, as in '{key}=\"...\"'.") from None
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's problems as a sentence with the key, the value and the fix."""
-    key = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            known = _keys_beside(problem["loc"])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}."
-            return f"unknown key {key}: {hint}"
-        case "missing":
-            return f"{key} is missing: add it to the file, or {key}=... to the command."
-        case "value_error":
-            message = str(problem["ctx"]["error"])
-            return f"{message}." if not key or key in message else f"{key}: {message}."
-        case _:
-            return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for name in location[:-1]:
-        annotation = section.model_fields[name].annotation
-        options = getattr(annotation, "__args__", (annotation,))  # `Section | None` has two
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return list(section.model_fields)
+        raise ConfigError("\n".join(sentences(error, Config, tree))) from None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, named
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
 from pretrain.checkpoint.store import CheckpointStore
@@ -87,7 +87,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
     )
     if config.data.heldout is None:
         return data, None
-    heldout = HeldoutData(config.data, **common)
+    with named("data.heldout"):
+        heldout = HeldoutData(config.data, **common)
     heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data, heldout
 

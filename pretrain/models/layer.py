@@ -104,6 +104,10 @@ class Call(NamedTuple):
     after: frozenset[str]
     """What later layers read or the caller wants, at the moment after this layer."""
 
+    def crossing(self, have: Collection[str]) -> frozenset[str]:
+        """What crosses a border between pipeline stages behind this layer, if all of them `have` the same."""
+        return self.after - set(have)
+
 
 class Objective(NamedTuple):
     """One of the losses that are optimised together."""

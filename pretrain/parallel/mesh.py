@@ -9,7 +9,6 @@ a node, and those farthest apart a pp axis, which crosses nodes first.
 import ctypes
 import os
 import signal
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -134,8 +133,6 @@ def start_mesh(engine: EngineConfig) -> Mesh:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ[name] = value
         os.environ.setdefault("MASTER_PORT", "0")
-    # torch 2.13 renames two collectives that older versions and DeepSpeed call by their old names, at every call.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     dist.init_process_group(backend, timeout=TIMEOUT)
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
