@@ -173,7 +173,7 @@ class Census:
     scripts: Counter[str] = field(default_factory=Counter)  # of captions
     languages: Counter[str] = field(default_factory=Counter)  # by the field of json that names them
     fields: dict[str, JsonField] = field(default_factory=lambda: defaultdict(JsonField))  # of json
-    prints: list[np.ndarray] = field(default_factory=list)  # (3, n) uint64: image, caption, place; 24 bytes a sample
+    prints: list[np.ndarray] = field(default_factory=list)  # (3, n) uint64: image, caption, place; 24 bytes per sample
     examples: list[Problem] = field(default_factory=list)
 
     def merge(self, other: Census) -> None:

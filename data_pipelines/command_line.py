@@ -29,7 +29,7 @@ def _add(commands: argparse._SubParsersAction, name: str, help: str, description
 
 
 _EXAMPLES = {
-    "demo": ("data/demo", "data/emoji --kind emoji --train 5000"),
+    "demo": ("data/demo", "data/small --train 1000 --size 32"),
     "pack": (
         "captions.csv data/pairs/train --image-column path --caption-column text",
         "photos/ data/photos",

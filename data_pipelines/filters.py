@@ -91,7 +91,7 @@ class Filters:
 
 
 class Duplicates:
-    """Keeps the first of each set of equal images, captions or pairs; some 40 bytes a sample while it compares."""
+    """Keeps the first of each set of equal images, captions or pairs; some 40 bytes per sample while it compares."""
 
     def __init__(self, unique: Iterable[Unique]):
         self._unique = sorted(unique)

@@ -90,7 +90,7 @@ class Resharding:
         Raises:
             DataError: A shard cannot be read or written.
         """
-        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes a sample while it is made
+        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes per sample while it is made
         missing: list[tuple[int, np.ndarray]] = []
         for shard in part.of(range(self.num_shards)):
             if self.path(shard).exists():
