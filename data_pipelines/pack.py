@@ -241,7 +241,7 @@ def _sample(row: Row) -> dict[str, bytes | str] | tuple[str, str]:
     except ValueError:
         return "missing image", "image cannot be read: its path holds a null byte or half a character"
     try:
-        text = Sample("", "", data, row.caption.encode(), None).caption()
+        text = Sample("", "", {"txt": row.caption.encode()}).caption()
         check_image(data)
     except SampleError as error:
         kind = "bad caption" if str(error).startswith("caption") else "bad image"

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from data_pipelines.batch import IGNORE
-from data_pipelines.masking import num_masked_slots
+from data_pipelines.masking import IGNORE, num_masked_slots
 from pretrain.config import Config
 from pretrain.models.layer import Flow
 from pretrain.models.towers import Vocabulary
