@@ -28,25 +28,15 @@ Row = dict[str, np.ndarray]  # what a sample gives to each tensor of a batch, by
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a batch holds, and by what it is made.
-
-    Args:
-        config: How samples are read and varied.
-        tokenizer: Of the run.
-        tensors: Those that the model reads.
-        image_size: Side of the square images in pixels.
-        text_length: Tokens of a caption (L), [CLS] and [SEP] included.
-        mask_probability: Share of the pieces that masked language modelling hides.
-        seed: Of the run; keys all randomness, together with each sample's position.
-    """
+    """What a batch holds, and by what it is made."""
 
     config: DataConfig
     tokenizer: Tokenizer
-    tensors: Collection[str]
-    image_size: int
-    text_length: int
-    mask_probability: float
-    seed: int
+    tensors: Collection[str]  # those that the model reads
+    image_size: int  # side of the square images in pixels
+    text_length: int  # tokens of a caption (L), [CLS] and [SEP] included
+    mask_probability: float  # share of the pieces that masked language modelling hides
+    seed: int  # keys all randomness, together with each sample's position
 
 
 class Pair(NamedTuple):
@@ -166,23 +156,23 @@ def open_columns(spec: BatchSpec, training: bool) -> list[Column]:
     Raises:
         DataError: A line of `COLUMNS` names no class, or a class cannot do what the spec asks.
     """
-    wanted, chosen = {*spec.tensors, *IDS}, dict(COLUMNS)
-    for name, given in sorted(COLUMNS.items(), key=lambda line: -len(line[1])):
-        others = {tensor for other in chosen if other != name for tensor in chosen[other]}
+    wanted, chosen = {*spec.tensors, *IDS}, list(COLUMNS)
+    for name, given in sorted(COLUMNS.items(), key=lambda line: -len(line[1])):  # the widest is the first to go
+        others = {tensor for other in chosen if other != name for tensor in COLUMNS[other]}
         if others.issuperset(wanted.intersection(given)):
-            del chosen[name]
-    columns = [_class_of(name)(spec, training) for name in chosen]
-    for column, given in zip(columns, chosen.values(), strict=True):
-        column.gives = given
-    return columns
+            chosen.remove(name)
+    return [_open(name, spec, training) for name in chosen]
 
 
-def _class_of(name: str) -> type[Column]:
+def _open(name: str, spec: BatchSpec, training: bool) -> Column:
     module, _, kind = name.rpartition(".")
     try:
-        return getattr(import_module(module), kind)
+        made_by = getattr(import_module(module), kind)
     except (ImportError, AttributeError) as error:
         raise DataError(
             f"data_pipelines/batch.py says that {name} gives {', '.join(COLUMNS[name])}, and there is no such class "
             f"({error}): write it, or remove its line."
         ) from None
+    column = made_by(spec, training)
+    column.gives = COLUMNS[name]
+    return column

@@ -21,21 +21,16 @@ from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import Architecture, Layer, Objective, WiringError, check
 from pretrain.synthetic import made_up_batch
 
-EXTRA = '''
-"""What a user adds: two classes."""
+DOCS = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text()
+LABELS = DOCS[DOCS.index("class LabelColumn") :].split("```")[0]
+EXTRA = f'''
+"""What a user adds: two classes, and a third that is wrong."""
 import io, wave
 import numpy as np
-from data_pipelines.columns import Column
+from data_pipelines.columns import Column, Pair, Row
 from data_pipelines.errors import SampleError
 
-class LabelColumn(Column):
-    needs = ("json",)
-
-    def row(self, pair):
-        label = pair.sample.metadata().get("label")
-        if not isinstance(label, int):
-            raise SampleError("json has no label")
-        return {"labels": np.array(label)}
+{LABELS}
 
 class AudioColumn(Column):
     needs = ("wav",)
@@ -46,13 +41,13 @@ class AudioColumn(Column):
                 samples = np.frombuffer(sound.readframes(16), "<i2")
         except (wave.Error, EOFError):
             raise SampleError("sound cannot be read") from None
-        return {"sound": np.resize(samples, 16).astype(np.float32)}
+        return {{"sound": np.resize(samples, 16).astype(np.float32)}}
 
 class Careless(Column):
     needs = ("json",)
 
     def row(self, pair):
-        return {"label": np.array(0)}
+        return {{"label": np.array(0)}}
 '''
 
 

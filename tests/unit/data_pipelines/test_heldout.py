@@ -41,6 +41,16 @@ def test_records_tell_a_person_what_the_samples_are(corpus: Corpus):
     assert batch.records[75].metadata == {"index": 75}
 
 
+def test_json_that_cannot_be_read_beside_a_good_caption_costs_the_metadata_alone(tmp_path: Path, tokenizer_path: Path):
+    """Training and the examination take such a sample, and so does an evaluation that asks for records."""
+    data = make_corpus(tmp_path, tokenizer_path, (9,), lambda i, m: m | {"json": b"[]"} if i == 5 else m).heldout()
+    data.examine()
+    assert not data.bad
+    records = next(data.batches(9, records=True)).records
+    assert [record.metadata for record in records[4:7]] == [{"index": 4}, {}, {"index": 6}]
+    assert records[5].caption == caption(5)
+
+
 def test_a_held_out_sample_that_cannot_be_used_is_an_error(tmp_path: Path, tokenizer_path: Path):
     spoilt = make_corpus(tmp_path, tokenizer_path, (9,), lambda i, m: m | {"jpg": b"x"} if i == 5 else m)
     with pytest.raises(DataError, match=r"Held-out sample 00005 in shard .*: image cannot be decoded: .*Mend it or"):
