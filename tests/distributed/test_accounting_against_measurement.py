@@ -32,7 +32,6 @@ VOCABULARY = Vocabulary(2000)
 SIZES = {
     "model__image": {"size": 32, "patch": 4, "width": 192, "depth": 2, "heads": 4},  # above 182, ZeRO-3 cuts matrices
     "model__text": {"length": 24, "width": 160, "depth": 2, "heads": 4},
-    "model__embed": 64,
     "training__global_batch": 16,
 }
 
