@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from distributed.tiny import VOCABULARY, micro_batches, tiny_config
+from distributed.tiny import ARCHITECTURES, VOCABULARY, micro_batches, tiny_config
 from pretrain.accounting import layers as accounting
 from pretrain.accounting.layers import Layout, measure_forward, measure_step
 from pretrain.accounting.stages import cut_evenly, cut_into_stages
-from pretrain.config import ARCHITECTURES
 from pretrain.models.architectures import architecture_of
 from pretrain.models.initial import build_layer
 from pretrain.models.model import Model
@@ -22,7 +21,7 @@ UNEQUAL = {  # no two widths, lengths or depths alike
 }
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 MODELS = [
-    *[UNEQUAL | {"model__architecture": name} for name in ARCHITECTURES],
+    *[UNEQUAL | each.changes for each in ARCHITECTURES.values()],
     {"objectives__contrastive__loss": "sigmoid"},
     {"objectives__matching": None},
     {"objectives__masked_lm": None},
@@ -152,7 +151,7 @@ def test_more_micro_steps_of_fewer_samples_cost_what_they_do_when_measured():
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 11])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_stages_are_contiguous_and_their_largest_is_as_small_as_can_be(name, num_stages):
-    config = tiny(UNEQUAL | {"model__architecture": name})
+    config = tiny(UNEQUAL | ARCHITECTURES[name].changes)
     architecture = architecture_of(config, VOCABULARY)
     flops = measure_forward(config, VOCABULARY).flops
     found = cut_into_stages(config, VOCABULARY, architecture, num_stages)
