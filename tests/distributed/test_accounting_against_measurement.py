@@ -125,7 +125,8 @@ def peak_bytes(mesh, config) -> float:
 CHECKPOINTING = {"engine__activation_checkpointing": True}
 TP = {"engine__tensor_parallel": 2}
 PP = {"engine__pipeline_parallel": 2}
-OTHERS = [each.changes for name, each in ARCHITECTURES.items() if name != "albef"]
+ONE_WIDTH = {"model__text__width": 192}  # which one row of patches and captions needs
+OTHERS = [each.changes | ONE_WIDTH for name, each in ARCHITECTURES.items() if name != "albef"]
 LAYOUTS = [
     *[other | more for other in OTHERS for more in ({"engine__zero_stage": 3}, {"engine__zero_stage": 1} | PP)],
     *[{"engine__zero_stage": stage} for stage in (0, 1, 2)],

@@ -21,7 +21,8 @@ UNEQUAL = {  # no two widths, lengths or depths alike
 }
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 MODELS = [
-    *[UNEQUAL | each.changes for each in ARCHITECTURES.values()],
+    UNEQUAL,
+    *[each.changes for each in ARCHITECTURES.values()],
     {"objectives__contrastive__loss": "sigmoid"},
     {"objectives__matching": None},
     {"objectives__masked_lm": None},
@@ -151,7 +152,7 @@ def test_more_micro_steps_of_fewer_samples_cost_what_they_do_when_measured():
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 11])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_stages_are_contiguous_and_their_largest_is_as_small_as_can_be(name, num_stages):
-    config = tiny(UNEQUAL | ARCHITECTURES[name].changes)
+    config = tiny(ARCHITECTURES[name].changes)
     architecture = architecture_of(config, VOCABULARY)
     flops = measure_forward(config, VOCABULARY).flops
     found = cut_into_stages(config, VOCABULARY, architecture, num_stages)
