@@ -100,7 +100,9 @@ def test_a_forward_pass_costs_each_layer_what_pytorch_counts(changes):
     evaluate(model, model.architecture.reports, [batch], run_each)
     counted = counter.get_flop_counts()
     for name, flops in measure_forward(config, VOCABULARY).flops.items():
-        if name != "mining":  # it compares the samples of a rank
+        if name == "contrastive_head" or list(
+            model.get_submodule(name).parameters()
+        ):  # others compare a rank's samples
             assert flops * samples == sum(counted.get(f"Model.{name}", {}).values()), name
 
 
@@ -149,7 +151,7 @@ def test_more_micro_steps_of_fewer_samples_cost_what_they_do_when_measured():
         assert {t.kind: t.size for t in mine.transfers} == pytest.approx({t.kind: t.size for t in theirs.transfers})
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_stages_are_contiguous_and_their_largest_is_as_small_as_can_be(name, num_stages):
     config = tiny(ARCHITECTURES[name].changes)
