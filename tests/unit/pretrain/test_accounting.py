@@ -102,7 +102,7 @@ def test_a_forward_pass_costs_each_layer_what_pytorch_counts(changes):
     for name, flops in measure_forward(config, VOCABULARY).flops.items():
         if name == "contrastive_head" or list(
             model.get_submodule(name).parameters()
-        ):  # others compare a rank's samples
+        ):  # others look over a rank
             assert flops * samples == sum(counted.get(f"Model.{name}", {}).values()), name
 
 
