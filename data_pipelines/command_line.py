@@ -29,7 +29,7 @@ def _add(commands: argparse._SubParsersAction, name: str, help: str, description
 
 
 _EXAMPLES = {
-    "demo": ("data/demo", "data/emoji --kind emoji --train 5000"),
+    "demo": ("data/demo", "data/small --train 1000 --size 32"),
     "pack": (
         "captions.csv data/pairs/train --image-column path --caption-column text",
         "photos/ data/photos",
@@ -54,18 +54,13 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         commands,
         "demo",
         "draw a small corpus to try everything with (half a minute)",
-        "Draws scenes of two coloured shapes with captions that say how they stand to each other, or emoji on coloured "
-        "grounds with captions in English and Chinese.",
+        "Draws scenes of two coloured shapes with captions that say how they stand to each other.",
     )
     demo.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    demo.add_argument("--kind", choices=("scenes", "emoji"), default="scenes", help="what to draw")
-    demo.add_argument("--font", type=Path, help="of emoji; by default one that is installed")
     demo.add_argument("--train", type=_at_least(1), default=20_000, help="training samples")
-    demo.add_argument("--heldout", type=_at_least(1), help="held-out samples; by default 512, and 256 of emoji")
+    demo.add_argument("--heldout", type=_at_least(1), default=512, help="held-out samples")
     demo.add_argument("--size", type=_at_least(1), default=64, help="side of the pictures in pixels")
-    demo.add_argument(
-        "--vocab-size", type=_at_least(6), help="pieces of the tokenizer, at most; by default 512, and 1024 of emoji"
-    )
+    demo.add_argument("--vocab-size", type=_at_least(6), default=512, help="pieces of the tokenizer, at most")
     demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
 
 
@@ -112,6 +107,7 @@ def _index(commands: argparse._SubParsersAction) -> None:
     index.add_argument("-o", "--output", type=_manifest, required=True, help="manifest to write, such as manifest.json")
     _processes(index)
     index.add_argument("--checksums", action="store_true", help="keep each shard's SHA-256, for `verify` and caches")
+    index.add_argument("--strict", action="store_true", help="a shard that is damaged or cut short is an error")
     index.add_argument(
         "--trust-stats", action="store_true", help="take counts from img2dataset's _stats.json or parquet; read no tar"
     )
@@ -125,7 +121,9 @@ def _index(commands: argparse._SubParsersAction) -> None:
     filters.add_argument(
         "--unique", action="append", default=[], choices=("image", "caption", "pair"), help="keep the first of equals"
     )
-    filters.add_argument("--exclude", type=Path, metavar="FILE.jsonl", help="bad samples that a run or `verify` listed")
+    filters.add_argument(
+        "--exclude", type=Path, metavar="FILE.jsonl", help="samples and whole shards that a run or `verify` listed"
+    )
 
 
 def _verify(commands: argparse._SubParsersAction) -> None:
@@ -149,7 +147,7 @@ def _stats(commands: argparse._SubParsersAction) -> None:
     stats = _add(
         commands,
         "stats",
-        "count sizes, lengths, formats, languages and duplicates",
+        "count sizes, lengths, formats, scripts and duplicates",
         "Counts over all samples, or over some spread evenly. Images are not decoded; of several captions the first "
         "counts. With --shard each part writes what it counted, and --merge adds the parts up exactly.",
     )
@@ -158,7 +156,7 @@ def _stats(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="parts to add up, instead of sources")
     stats.add_argument("-o", "--output", type=Path, default=Path("stats.json"), help="file to write")
     stats.add_argument("--sample", type=_at_least(1), metavar="NUMBER", help="read so many samples only")
-    stats.add_argument("--language-field", default="", metavar="FIELD", help="of json; otherwise the script is counted")
+    stats.add_argument("--language-field", default="", metavar="FIELD", help="of json; counted besides the scripts")
     _processes(stats)
     _part(stats)
 
@@ -168,8 +166,7 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         commands,
         "inspect",
         "show samples, histograms, duplicates and problems as a page to look at",
-        "Writes FOLDER/report.html, which needs nothing else, and FOLDER/contact_sheet.png. The same call shows the "
-        "same samples.",
+        "Writes FOLDER/report.html, which needs nothing else. The same call shows the same samples.",
     )
     _sources(inspect)
     inspect.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write")

@@ -90,7 +90,7 @@ class Resharding:
         Raises:
             DataError: A shard cannot be read or written.
         """
-        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes a sample while it is made
+        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes per sample while it is made
         missing: list[tuple[int, np.ndarray]] = []
         for shard in part.of(range(self.num_shards)):
             if self.path(shard).exists():
@@ -129,9 +129,8 @@ class Resharding:
         for source in self.sources:
             entry = source.entry
             assert entry is not None
-            digest.update(
-                f"{source.location}\0{entry.bytes}\0{entry.indexed}\0{entry.samples}\n".encode(errors="surrogateescape")
-            )
+            known = (source.location, entry.bytes, entry.indexed, entry.samples, entry.version, entry.sha256)
+            digest.update(("\0".join(map(str, known)) + "\n").encode(errors="surrogateescape"))
             digest.update(b"" if source.bits is None else source.bits.tobytes())
         return digest.hexdigest()
 

@@ -32,11 +32,22 @@ class Fault(IntEnum):
     REPEATED_KEY = 7
     DAMAGED = 8
     BAD_CAPTION = 9
+    SCATTERED = 10
+    DOTTED_KEY = 11
+    LINK = 12
+    SPARSE = 13
+    NO_TAR = 14
+    TRAILING = 15
 
     @property
     def reason(self) -> str:
         """In words."""
         return _REASONS[self]
+
+    @property
+    def is_of_shard(self) -> bool:
+        """Whether it says that the shard is not whole, and no more of any one sample."""
+        return self in (Fault.DAMAGED, Fault.NO_TAR, Fault.TRAILING)
 
 
 _REASONS = {
@@ -50,7 +61,34 @@ _REASONS = {
     Fault.REPEATED_KEY: "its key came before in the shard",
     Fault.DAMAGED: "the shard is damaged or cut short here",
     Fault.BAD_CAPTION: "unreadable caption",
+    Fault.SCATTERED: "its members do not lie together",
+    Fault.DOTTED_KEY: "a dot in its key",
+    Fault.LINK: "a link in the place of a file",
+    Fault.SPARSE: "a sparse member",
+    Fault.NO_TAR: "the file is no tar",
+    Fault.TRAILING: "bytes that are no tar follow the end of the archive",
 }
+NEEDED = (
+    f"a sample needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key"
+)
+_FIXES = {
+    Fault.BAD_JSON: "the .json of a sample must be a JSON object",
+    Fault.REPEATED_MEMBER: "a sample has one member of each kind: leave one of them out",
+    Fault.REPEATED_KEY: "each sample of a shard needs a key of its own",
+    Fault.DAMAGED: "fetch or make the shard again",
+    Fault.BAD_CAPTION: "captions are UTF-8",
+    Fault.SCATTERED: "members of a sample must be neighbours: make the shard again with `tar --sort=name`",
+    Fault.DOTTED_KEY: "a key ends at the first dot of the file's name: rename the files, as in `a_2.jpg` for `a.2.jpg`",
+    Fault.LINK: "`tar --dereference --hard-dereference` stores the bytes of every file",
+    Fault.SPARSE: "make the shard again by `tar` without --sparse",
+    Fault.NO_TAR: "name shards that are tars",
+    Fault.TRAILING: "fetch or make the shard again",
+}
+
+
+def fix_of(reason: str) -> str:
+    """What helps against a fault; "" for what is none, or where there is nothing to say."""
+    return next((_FIXES.get(fault, NEEDED) for fault in Fault if fault and fault.reason == reason), "")
 
 
 @dataclass(frozen=True)
@@ -175,19 +213,29 @@ def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
     """What the headers alone, or the json of a sample without .txt, say against it."""
     if sample.repeated:
         return Fault.REPEATED_MEMBER
+    if sample.has_sparse:
+        return Fault.SPARSE
     image = image_member(sample)
     if image is None:
-        return Fault.NO_IMAGE
+        return _missing(sample, Fault.NO_IMAGE, IMAGE_EXTENSIONS)
     if not image.size:
         return Fault.EMPTY_IMAGE
     text, metadata = sample.members.get("txt"), sample.members.get("json")
     if text and text.size:
         return Fault.NONE
+    if not (text or metadata):
+        return _missing(sample, Fault.NO_CAPTION, ("txt", "json"))
     try:
         read_captions(text and read(text.start, text.size), metadata and read(metadata.start, metadata.size))
     except ContentError as error:
         return error.fault
     return Fault.NONE
+
+
+def _missing(sample: TarSample, fault: Fault, extensions: tuple[str, ...]) -> Fault:
+    if any(name.endswith(tuple(f".{extension}" for extension in extensions)) for name in sample.members):
+        return Fault.DOTTED_KEY
+    return Fault.LINK if sample.has_link else fault
 
 
 def _parse_json(raw: bytes) -> dict[str, object]:

@@ -91,7 +91,7 @@ def compare(plan: Plan, run: Path) -> dict[str, tuple[float, float]]:
     return {
         "seconds a step": (plan.step_s, step_s),
         "samples/s": (plan.samples_per_s, plan.config.training.global_batch / step_s),
-        "TFLOP/s a GPU": (per_gpu / plan.step_s, per_gpu / step_s),
+        "TFLOP/s per GPU": (per_gpu / plan.step_s, per_gpu / step_s),
         "peak memory, GiB": (plan.memory_gib, max(values["memory/peak_gib"] for values in steps)),
     }
 

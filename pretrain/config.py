@@ -26,7 +26,7 @@ class ImageTowerConfig(Section):
     patch: int = Field(gt=0)
     """Side of a patch, in pixels; divides `size`."""
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(ge=0)
     heads: int = Field(gt=0)
 
     @property
@@ -35,12 +35,12 @@ class ImageTowerConfig(Section):
 
 
 class TextTowerConfig(Section):
-    """A bidirectional transformer over the caption."""
+    """A transformer over the caption."""
 
     length: int = Field(ge=3)
     """Tokens a caption is cut or padded to, [CLS] and [SEP] included."""
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(ge=0)
     heads: int = Field(gt=0)
 
 
@@ -61,7 +61,7 @@ class DecoderConfig(Section):
 
 
 class JointConfig(Section):
-    """Blocks over patches and captions in one row; as wide as the text tower."""
+    """Blocks over captions and patches in one row; as wide as both towers, which then may have no blocks."""
 
     depth: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -77,10 +77,11 @@ class Size(NamedTuple):
     heads: int
     length: int
     embed: int
+    queries: int = 256
 
 
 SIZES = {
-    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64),
+    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64, queries=32),
     "small/16": Size(224, 16, 384, 12, 6, length=32, embed=256),
     "base/16": Size(224, 16, 768, 12, 12, length=32, embed=256),
     "large/16": Size(224, 16, 1024, 24, 16, length=32, embed=512),
@@ -106,6 +107,29 @@ ARCHITECTURES = {
         lambda size: {"text": {"depth": size.depth // 2}, "fusion": {"depth": size.depth // 2, "heads": size.heads}},
     ),
     "clip": Choice("pretrain.models.clip", ("contrastive",), lambda size: {"text": {"depth": size.depth}}),
+    "blip": Choice(
+        "pretrain.models.blip",
+        ("contrastive", "matching", "captioning"),
+        lambda size: {"text": {"depth": size.depth}},
+    ),
+    # Half of the text stack looks at the image, at 256 queries of it (CoCa, section 3.2).
+    "coca": Choice(
+        "pretrain.models.coca",
+        ("contrastive", "captioning"),
+        lambda size: {
+            "text": {"depth": size.depth // 2},
+            "decoder": {"depth": size.depth // 2, "heads": size.heads, "queries": size.queries},
+        },
+    ),
+    "vilt": Choice(
+        "pretrain.models.vilt",
+        ("matching", "masked_lm"),
+        lambda size: {
+            "image": {"depth": 0},
+            "text": {"depth": 0},
+            "joint": {"depth": size.depth, "heads": size.heads},
+        },
+    ),
 }
 
 
@@ -113,15 +137,17 @@ class ModelConfig(Section):
     """The architecture and its size. `size` fills in whatever is not given."""
 
     architecture: str = "albef"
-    """albef: two towers and a fusion stack. clip: two towers."""
+    """albef: two towers and a fusion stack. clip: two towers. coca: two towers and a decoder that writes captions.
+    blip: an image tower, and one text stack that reads, judges and writes captions. vilt: one stream."""
     size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
     image: ImageTowerConfig
     text: TextTowerConfig
     fusion: FusionConfig | None = None
     decoder: DecoderConfig | None = None
     joint: JointConfig | None = None
-    embed: int = Field(gt=0)
-    """Width of the space in which images and captions are compared."""
+    embed: int | None = Field(default=None, gt=0)
+    """Width of the space in which images and captions are compared, where the architecture has the contrastive
+    objective."""
 
     @model_validator(mode="before")
     @classmethod
@@ -132,12 +158,13 @@ class ModelConfig(Section):
         preset: dict[str, Any] = {
             "image": {"size": size.image, "patch": size.patch, "width": size.width, "depth": size.depth},
             "text": {"length": size.length, "width": size.width},
-            "embed": size.embed,
         }
         preset["image"]["heads"] = preset["text"]["heads"] = size.heads
         choice = ARCHITECTURES.get(str(given.get("architecture")), ARCHITECTURES["albef"])
         for name, section in choice.sections(size).items():
             preset[name] = preset.get(name, {}) | section
+        if choice and "contrastive" in choice.objectives:
+            preset["embed"] = size.embed
         filled = preset | given
         for name, section in preset.items():
             if isinstance(section, dict) and isinstance(filled[name], dict):
@@ -160,6 +187,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
+        choice = ARCHITECTURES[self.architecture]
+        needed = {"image", "text", *choice.sections(SIZES["tiny"])}
+        if "contrastive" in choice.objectives:
+            needed.add("embed")
+        for name in sorted(needed ^ {*self.towers, *(["embed"] if self.embed else [])}):
+            has, change = ("needs", "remove `null`") if name in needed else ("has no", "remove it")
+            raise ValueError(f"model.architecture {self.architecture} {has} model.{name}: {change}")
         if self.image.size % self.image.patch:
             raise ValueError(
                 f"model.image.size {self.image.size} is not a multiple of model.image.patch "
@@ -167,14 +201,20 @@ class ModelConfig(Section):
             )
         for name, tower in self.towers.items():
             width = self.image.width if name == "image" else self.text.width
-            if width % tower.heads:
+            if tower.depth == 0 and self.joint is None:
+                raise ValueError(
+                    f"model.{name}.depth is 0, and only blocks of model.joint make up for a tower without blocks: set "
+                    f"it to 1 or more"
+                )
+            if tower.depth and width % tower.heads:
                 raise ValueError(
                     f"model.{name}.heads {tower.heads} does not divide the width {width}: choose a number that does"
                 )
-        needed = {"image", "text", *ARCHITECTURES[self.architecture].sections(SIZES["tiny"])}
-        for name in sorted(needed ^ self.towers.keys()):
-            has, change = ("needs", "remove `null`") if name in needed else ("has no", "remove it")
-            raise ValueError(f"model.architecture {self.architecture} {has} model.{name}: {change}")
+        if self.joint and self.image.width != self.text.width:
+            raise ValueError(
+                f"model.image.width {self.image.width} is not model.text.width {self.text.width}, and blocks of "
+                f"model.joint see patches and captions in one row: make them equal"
+            )
         return self
 
 
@@ -205,12 +245,12 @@ class ContrastiveConfig(Section):
 
 
 class MatchingConfig(Section):
-    """Image-text matching objective (ITM) on negatives mined by similarity."""
+    """Image-text matching objective (ITM) on negatives mined by similarity, in vilt on random ones."""
 
     weight: float = Field(default=1.0, gt=0)
     pool: int = Field(default=16, ge=2)
-    """Samples, consecutive in the global order, among which a hard negative is looked for. A divisor of `data.grain`,
-    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images a sample."""
+    """Samples, consecutive in the global order, among which a negative is looked for. A divisor of `data.grain`,
+    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images per sample."""
 
 
 class MaskedLMConfig(Section):
@@ -315,9 +355,9 @@ class TrainingConfig(Section):
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch: int = Field(gt=0)
-    """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
+    """Samples per optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-steps an optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
+    """Micro-steps per optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)
@@ -388,7 +428,7 @@ class Config(Section):
                 )
         tensor_parallel = self.engine.tensor_parallel
         for name, tower in self.model.towers.items():
-            if tower.heads % tensor_parallel:
+            if tower.depth and tower.heads % tensor_parallel:
                 raise ValueError(
                     f"engine.tensor_parallel {tensor_parallel} does not divide model.{name}.heads {tower.heads}: a "
                     f"rank holds whole heads, so set engine.tensor_parallel to a divisor"

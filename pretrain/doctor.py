@@ -146,7 +146,7 @@ def shrink(config: Config, dp_size: int) -> Config:
         tree["model"][name] |= {"depth": min(tower.depth, max(2, engine.pipeline_parallel)), "heads": heads}
     tree["model"]["image"] |= {"size": 16, "patch": 8, "width": width}
     tree["model"]["text"] |= {"length": min(model.text.length, 6), "width": width}
-    tree["model"]["embed"] = min(model.embed, 32)
+    tree["model"]["embed"] = model.embed and min(model.embed, 32)
 
     matching, many = config.objectives.matching, dp_size > 16
     grain, grains_in_pool = min(config.data.grain, 2 if many else 4), 1

@@ -87,7 +87,7 @@ class Rank:
 
     @property
     def update(self) -> int:
-        """AdamW's own bytes an element: the root of the second moment, and without fused loops its quotient too."""
+        """AdamW's own bytes per element: the root of the second moment, and without fused loops its quotient too."""
         return 4 if self.gpu else 8
 
     @property

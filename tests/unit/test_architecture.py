@@ -48,13 +48,14 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
         *("data_pipelines.manifest", "data_pipelines.text"),
     ),
+    "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
     ),
     "pretrain.figures": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
-        *("pretrain.scores", "pretrain.zero_shot", "data_pipelines"),
+        *("pretrain.captioning", "pretrain.scores", "pretrain.zero_shot", "data_pipelines"),
     ),
     "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
     "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest", "data_pipelines.text"),

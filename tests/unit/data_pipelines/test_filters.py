@@ -19,11 +19,12 @@ from data_pipelines.errors import DataError, SampleError
 from data_pipelines.filters import Filters
 from data_pipelines.index import Report, build_manifest, count_from_stats
 from data_pipelines.manifest import Manifest
+from data_pipelines.problems import Problem, write_problems
 from data_pipelines.reader import ShardReader
 from data_pipelines.sample import hash64
 from data_pipelines.shards import write_shard
 from data_pipelines.sources import name_sources
-from data_pipelines.verify import Problem, verify, write_problems
+from data_pipelines.verify import verify
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -194,8 +195,9 @@ def test_bad_samples_that_a_run_listed_are_left_out_by_the_name_of_their_shard_a
     ]
     listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest, report = index(tmp_path, MIXED, exclude=listing)
-    assert keys(manifest) == "acdf"
+    assert keys(manifest) == "af"
     assert report.filtered == {"on the list of excluded samples": 2}
+    assert report.left_out == [str(tmp_path / "1.tar")]
 
 
 def test_of_shards_with_one_name_the_one_that_is_listed_loses_a_sample_whatever_its_key_holds(tmp_path: Path):

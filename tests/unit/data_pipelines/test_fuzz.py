@@ -158,5 +158,5 @@ def test_a_key_that_breaks_lines_breaks_no_message(tmp_path: Path, tokenizer_pat
 
 def test_shards_of_nothing_are_named(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(bytes(10 * BLOCK))
-    with pytest.raises(DataError, match=r"in 1 shards \(they are empty; the first is .*a\.tar\)"):
+    with pytest.raises(DataError, match=r"in 1 shard \(they are empty; the first is .*a\.tar\)"):
         build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
