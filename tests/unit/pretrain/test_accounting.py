@@ -100,9 +100,7 @@ def test_a_forward_pass_costs_each_layer_what_pytorch_counts(changes):
     evaluate(model, model.architecture.reports, [batch], run_each)
     counted = counter.get_flop_counts()
     for name, flops in measure_forward(config, VOCABULARY).flops.items():
-        if name == "contrastive_head" or list(
-            model.get_submodule(name).parameters()
-        ):  # others look over a rank
+        if name == "contrastive_head" or list(model.get_submodule(name).parameters()):  # others look over a rank
             assert flops * samples == sum(counted.get(f"Model.{name}", {}).values()), name
 
 
