@@ -101,12 +101,12 @@ class Rank:
 
     @cached_property
     def waiting(self) -> float:
-        """Bytes that wait for the backward pass, of micro-steps besides the one that runs; messages included."""
+        """Bytes that wait for the backward pass, of micro-steps besides the one that runs, messages, and of all."""
         before = self.cost.layers[self.part.start - 1].crossing if self.part.start else 0
         behind = self.costs[-1].crossing if self.part.stop < len(self.cost.layers) else 0
         in_flight = min(self.layout.pipeline_parallel - self.stage, self.layout.micro_steps)
         kept = sum(cost.kept for cost in self.costs)
-        return (in_flight - 1) * (kept + before + behind) + before + behind
+        return (in_flight - 1) * (kept + before + behind) + before + behind + self.cost.given
 
     def fullest(self, peaks: Sequence[float]) -> float:
         """Bytes of activations, if each layer's moment is so far above what those before it keep."""
