@@ -89,7 +89,7 @@ def compare(plan: Plan, run: Path) -> dict[str, tuple[float, float]]:
     step_s = statistics.median(values["time/step_s"] for values in steps)
     per_gpu = plan.costs.flops * plan.config.training.global_batch / plan.cluster.world / 1e12
     return {
-        "seconds a step": (plan.step_s, step_s),
+        "seconds per step": (plan.step_s, step_s),
         "samples/s": (plan.samples_per_s, plan.config.training.global_batch / step_s),
         "TFLOP/s per GPU": (per_gpu / plan.step_s, per_gpu / step_s),
         "peak memory, GiB": (plan.memory_gib, max(values["memory/peak_gib"] for values in steps)),
