@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint fuzz soak bench-data bench-scaling format clean
+.PHONY: help install demo test lint docs fuzz soak bench-data bench-scaling format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -19,7 +19,7 @@ demo: .venv/.installed ## Train a small model on made-up data, on the CPU if nee
 	@$(RUN) launch local configs/demo.yaml
 	@echo "== 3/3 Evaluating runs/demo on held-out data"
 	@$(RUN) pretrain evaluate runs/demo --split heldout
-	@echo "== To see the curves: .venv/bin/tensorboard --logdir runs/demo"
+	@echo "== To see the curves: .venv/bin/tensorboard --logdir runs"
 
 test: lint ## Lint, check types and run all tests
 	@echo "== Tests"
@@ -32,7 +32,10 @@ lint: .venv/.installed ## Lint, check the format and the types
 	@echo "== Types"
 	@.venv/bin/basedpyright
 
-fuzz: .venv/.installed ## Spoil shards in MUTANTS=100000 ways drawn by SEED=1, and check what is read of each
+docs: .venv/.installed ## Write docs/settings.md from the config's models
+	@PYTHONPATH=. .venv/bin/python docs/settings.py
+
+fuzz: .venv/.installed ## Spoil shards, tables and folders in MUTANTS=100000 ways drawn by SEED=1, and check what is read
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
 
 soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed

@@ -255,7 +255,7 @@ def print_augmentation(manifest: Path, seconds: float) -> None:
     }
     contenders = {name: partial(ours, manifest, **changes) for name, changes in configs.items()}
     times = seconds_per_image(contenders, seconds)
-    print("\n| augmentation | ms a sample | more than none |\n|---|---|---|")
+    print("\n| augmentation | ms per sample | more than none |\n|---|---|---|")
     for name, taken in times.items():
         print(f"| {name} | {1e3 * taken:.2f} | {1e3 * (taken - times['none']):+.2f} |", flush=True)
 

@@ -22,14 +22,15 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from pretrain.config import Config, EngineConfig, parse_config
-from pretrain.doctor import make_batches
+from pretrain.doctor import made_up_steps
+from pretrain.models.towers import Vocabulary
 from pretrain.parallel import zero
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
 from pretrain.parallel.zero import ZeroEngine
 
 RANKS = (1, 2, 4)
-VOCABULARY, PAD = 61, 0
+VOCABULARY = Vocabulary(61)
 RATE = 1e-4
 # Gathered weights are kept for reuse and fetched ahead up to distances counted in elements, 1e9 and 5e7, in which the
 # whole of a test model lies: with these, every layer is gathered when it is needed, as in a model of many billions.
@@ -84,11 +85,11 @@ def settings(*, gradients: str | None = None, **changes: Any) -> Iterator[None]:
 
 def build(mesh: Mesh, config: Config) -> Any:
     micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp.size
-    return build_engine(config, mesh, vocabulary=VOCABULARY, pad_id=PAD, micro_batch_per_rank=micro_batch)
+    return build_engine(config, mesh, vocabulary=VOCABULARY, micro_batch_per_rank=micro_batch)
 
 
 def step(engine: Any, mesh: Mesh, config: Config, number: int) -> Any:
-    return engine.step(make_batches(number, config, mesh.dp), RATE)
+    return engine.step(made_up_steps(number, config, VOCABULARY, mesh.dp, mesh.device), RATE)
 
 
 def measure_state(mesh: Mesh, config: Config) -> dict[str, float]:
@@ -160,7 +161,7 @@ def count_gathers(mesh: Mesh, config: Config) -> tuple[dict[str, set[tuple[float
 
 
 def measure_throughput(mesh: Mesh, config: Config, steps: int) -> tuple[float, float]:
-    """Samples/s by the clock, and samples a second of all ranks' cores together, from median steps.
+    """Samples/s by the clock, and samples per second of all ranks' cores together, from median steps.
 
     The second does not see ranks wait, and is not disturbed by what else the machine does.
     """
@@ -184,7 +185,7 @@ def main() -> None:
     if options.rank:
         measure_as_rank(options.steps)
         return
-    headings = ("ranks", "bytes a parameter, all ranks together", "gathers a micro-step")
+    headings = ("ranks", "bytes per parameter, all ranks together", "gathers per micro-step")
     print(f"| {' | '.join(headings)} | ZeRO-0, samples/s, and a core-second | ZeRO-3 |")
     print("|---|---|---|---|---|")
     for ranks in RANKS:

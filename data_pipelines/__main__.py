@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +17,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from data_pipelines.command_line import parser
-from data_pipelines.console import OUT, print_census, print_counts, print_reasons, progress_bar
+from data_pipelines.console import ERR, OUT, print_advice, print_census, print_counts, print_reasons, progress_bar
 from data_pipelines.errors import DataError, UserError, cannot_write
+from data_pipelines.text import counted, to_json
 
 if TYPE_CHECKING:
     from data_pipelines.sources import Part
@@ -49,47 +48,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from data_pipelines.demo import Demo, Scenes
+    from data_pipelines.demo import Demo
 
-    kind = Scenes()
-    if options.kind == "emoji":
-        from data_pipelines.emoji_pictures import EmojiPictures, find_font
-
-        kind = EmojiPictures(options.font or find_font())
-    elif options.font:
-        raise DataError(f"--font {options.font} is for emoji alone: add --kind emoji, or leave it out.")
-    vocab_size = options.vocab_size or kind.default_vocab_size
-    heldout = options.heldout or kind.default_heldout
-    demo = Demo(options.train, heldout, options.size, vocab_size, options.seed, kind)
+    demo = Demo(options.train, options.heldout, options.size, options.vocab_size, options.seed)
     if demo.is_complete(options.out):
         print(f"{options.out} is already complete.")
         return
-    with progress_bar(f"drawing {kind.title}", demo.num_shards, "shards") as advance:
+    with progress_bar("drawing scenes", demo.num_shards, "shards") as advance:
         demo.make(options.out, processes=len(os.sched_getaffinity(0)), on_shard=advance)
-    print(f"{options.out}: {options.train:,} training and {heldout:,} held-out samples, tokenizer.model")
+    print(f"{options.out}: {options.train:,} training and {options.heldout:,} held-out samples, tokenizer.model")
 
 
 def _pack(options: argparse.Namespace) -> None:
     from data_pipelines.pack import pack
+    from data_pipelines.pairs import read_pairs
 
-    with progress_bar("packing", None, "rows") as advance:
+    if options.label_column and not options.heldout:
+        raise DataError("--label-column makes prompts.json for held-out samples: add --heldout, or leave it out.")
+    pairs = read_pairs(options.source, options.image_column, options.caption_column)
+    with progress_bar("packing", pairs.total, "rows") as advance:
         packed = pack(
-            options.source,
+            pairs,
             options.out,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
             samples_per_shard=options.samples_per_shard,
+            heldout=options.heldout or 0,
+            label_column=options.label_column or "",
             on_row=advance,
         )
-    shards = len(packed.manifest.shards)
-    print(f"{options.out / 'manifest.json'}: {packed.good:,} samples in {shards:,} shards")
+    folders = ("train", "heldout") if options.heldout else ("",)
+    for folder, manifest in zip(folders, packed.manifests, strict=True):
+        samples, shards = counted(manifest.samples, "sample"), counted(len(manifest.shards), "shard")
+        print(f"{options.out / folder / 'manifest.json'}: {samples} in {shards}")
+    for column, name in pairs.fields.items():
+        if column != name:
+            print(f"The column {column!r} is {name!r} in each sample's json, where {column!r} is what training reads")
     print_reasons(packed.rejected, f"rejected rows, listed in {options.out / 'rejected.jsonl'}")
 
 
 def _index(options: argparse.Namespace) -> None:
     from data_pipelines.filters import Filters
     from data_pipelines.index import build_manifest, count_from_stats
-    from data_pipelines.storage import describe, expand, is_remote
+    from data_pipelines.problems import advice, write_problems
+    from data_pipelines.storage import describe, expand, is_remote, shown
+    from data_pipelines.tar import printable
 
     shards = expand(options.shards)
     if is_remote(shards[0]):
@@ -106,7 +107,8 @@ def _index(options: argparse.Namespace) -> None:
         with progress_bar("reading counts", len(shards), "shards") as advance:
             manifest = count_from_stats(shards, options.output, on_shard=advance)
         manifest.save()
-        print(f"{options.output}: {manifest.samples:,} samples in {len(shards):,} shards, as their makers counted")
+        number = counted(manifest.samples, "sample")
+        print(f"{options.output}: {number} in {counted(len(shards), 'shard')}, as their makers counted")
         return
     with progress_bar("reading shards", len(shards), "shards") as advance:
         manifest, report = build_manifest(
@@ -117,15 +119,32 @@ def _index(options: argparse.Namespace) -> None:
             processes=options.processes,
             on_shard=advance,
         )
+    faults = report.faults + report.replaced
+    if faults:
+        write_problems(listing, faults)
+    if options.strict and report.broken:
+        print_advice(report.broken, advice, ERR)
+        raise DataError(
+            f"{counted(len(report.broken), 'shard')} of {len(shards):,} are not whole or not what they were, listed in "
+            f"{listing}: no manifest was written. Mend them, leave them out, or index without --strict."
+        )
     manifest.save()
-    print(f"{options.output}: {manifest.samples:,} samples in {len(shards):,} shards")
+    print(f"{options.output}: {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}")
     if report.reused:
         print(f"{report.reused:,} of these shards had been scanned before")
-    if report.faults:
-        lines = (json.dumps(asdict(drop), ensure_ascii=False) for drop in report.faults)
-        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-        print_reasons(Counter(drop.reason for drop in report.faults), f"samples with a fault, listed in {listing}")
+    if report.left_out:
+        print(f"{counted(len(report.left_out), 'shard')} left out, which {options.exclude} lists as a whole")
+    print_reasons(Counter(fault.reason for fault in faults), f"left out with a fault, listed in {listing}")
+    print_advice(faults, advice, ERR)
     print_reasons(report.filtered, "samples filtered out")
+    if report.unmatched:
+        shard, key = report.unmatched[0]
+        what = f"{printable(key)} in {shown(shard)}" if key else shown(shard)
+        print(
+            f"{len(report.unmatched):,} of the entries of {options.exclude} are not in these shards; the first is "
+            f"{what}: see that the list is of the same data.",
+            file=sys.stderr,
+        )
 
 
 def _filters(options: argparse.Namespace):
@@ -145,8 +164,9 @@ def _filters(options: argparse.Namespace):
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from data_pipelines.problems import advice, write_problems
     from data_pipelines.sources import name_sources
-    from data_pipelines.verify import verify, write_problems
+    from data_pipelines.verify import verify
 
     part = _part(options)
     sources = part.of(name_sources(options.sources))
@@ -161,11 +181,21 @@ def _verify(options: argparse.Namespace) -> int:
     passed_s = time.perf_counter() - start
     write_problems(listing, found.problems)
     speed = f"{found.samples / passed_s:,.0f} samples/s, {found.bytes / passed_s / 1e6:,.0f} MB/s"
-    print(f"{found.samples:,} samples in {found.shards:,} shards: {len(found.problems):,} problems ({speed})")
+    read = f"{counted(found.samples, 'sample')} in {counted(found.shards, 'shard')}"
+    print(f"{read}: {counted(len(found.problems), 'problem')} ({speed})")
+    if found.left_out:
+        print(f"{counted(found.left_out, 'sample')} that the manifest leaves out were not read")
+    if found.without_sum:
+        print(
+            f"{counted(found.without_sum, 'shard')} without a checksum to compare with: what still decodes is taken as "
+            f"right; `index --checksums` keeps them."
+        )
     if not found.problems:
         return 0
     print_counts(Counter(problem.reason for problem in found.problems), "reason", "problems")
-    print(f"{listing} lists them; leave them out with `python -m data_pipelines index ... --exclude {listing}`.")
+    print_advice(found.problems, advice, OUT)
+    print(f"{listing} lists them. `python -m data_pipelines index ... --exclude {listing}` leaves out the samples")
+    print("that it names, and as a whole each shard that it lists without a key.")
     return 4
 
 
@@ -198,15 +228,12 @@ def _stats(options: argparse.Namespace) -> None:
         print(f"{path}: {census.samples:,} samples; add the parts up with `python -m data_pipelines stats --merge`")
         return
     content = census.to_dict()
-    write_atomically(
-        options.output, lambda tmp: tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    )
+    write_atomically(options.output, lambda tmp: tmp.write_text(to_json(content, indent=2) + "\n", encoding="utf-8"))
     print_census(content)
     print(f"{options.output}: the same as JSON")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from data_pipelines.contact_sheet import contact_sheet
     from data_pipelines.inspection import inspect
     from data_pipelines.manifest import write_atomically
     from data_pipelines.report import html_report
@@ -223,18 +250,10 @@ def _inspect(options: argparse.Namespace) -> None:
                 processes=options.processes,
                 on_shard=advance,
             )
-    sheet, missing = contact_sheet(found.pictures)
-    page, picture = options.output / "report.html", options.output / "contact_sheet.png"
-    write_atomically(picture, lambda tmp: sheet.save(tmp, "PNG"))
-    html = html_report(found)
+    page, html = options.output / "report.html", html_report(found)
     write_atomically(page, lambda tmp: tmp.write_text(html, encoding="utf-8", errors="backslashreplace"))
-    print(f"{page} and {picture.name}: {len(found.pictures):,} of {found.total:,} samples")
+    print(f"{page}: {len(found.pictures):,} of {counted(found.total, 'sample')}")
     print(f"one core decodes {found.samples_per_s:,.0f} samples/s, {found.mb_per_s:,.1f} MB/s")
-    if missing:
-        print(
-            f"No font here has {len(missing):,} of the characters, which {picture.name} shows as escapes: install one "
-            f"that has them, such as Debian's fonts-noto-cjk."
-        )
     print_counts(found.census.unusable, "unusable", "samples")
 
 
@@ -260,7 +279,7 @@ def _reshard(options: argparse.Namespace) -> None:
         shards = [job.path(shard) for shard in range(job.num_shards)]
         made, _ = build_manifest(shards, manifest, processes=options.processes)
         made.save()
-        print(f"{manifest}: {made.samples:,} samples in {len(shards):,} shards")
+        print(f"{manifest}: {counted(made.samples, 'sample')} in {counted(len(shards), 'shard')}")
     else:
         print(f"When all parts are done: python -m data_pipelines index {folder} -o {manifest}")
 

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import CHUNK, ByteSource, LocalFile, open_bytes, shown
+from data_pipelines.storage import CHUNK, ByteSource, LocalFile, open_bytes, shown, wrong_sum
 
 PREFETCH_THREADS = 2  # of a process
 PREFETCH_QUEUE = 64  # shards; what is asked for beyond them is asked for again later
@@ -185,6 +185,8 @@ class ShardCache:
     def _download(self, original: _Original, claim: int) -> None:
         location, size, version = original.location, original.size, original.version
         digest = hashlib.sha256()
+        if original.sha256:
+            version = None  # the checksum decides, and mirrors have versions of their own
         with closing(open_bytes(location, size=size, version=version, patience_s=self._patience_s)) as source:
             for offset in range(0, size, CHUNK):
                 data = memoryview(source.read(offset, CHUNK))
@@ -194,11 +196,7 @@ class ShardCache:
                     written = os.pwrite(claim, data, offset)
                     data, offset = data[written:], offset + written
         if original.sha256 and digest.hexdigest() != original.sha256:
-            raise DataError(
-                f"Shard {shown(location)} has changed: its SHA-256 is {digest.hexdigest()} but was "
-                f"{original.sha256} when it was indexed; restore it, or write the manifest again with "
-                f"`python -m data_pipelines index`."
-            )
+            raise wrong_sum(location, digest.hexdigest(), original.sha256)
         os.fsync(claim)  # or a machine that loses power could come back with the name but not the bytes
 
     def _make_room(self, original: _Original, claim: int, in_background: bool) -> bool:

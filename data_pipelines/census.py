@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +17,17 @@ from data_pipelines.errors import DataError, SampleError, cannot_open
 from data_pipelines.header import read_header
 from data_pipelines.manifest import write_atomically
 from data_pipelines.parallel import each_done
+from data_pipelines.problems import Problem
 from data_pipelines.sample import Fault, Sample, hash64, normalised_caption, parse_sample
-from data_pipelines.scan import key_at
+from data_pipelines.scan import label_at
 from data_pipelines.sources import WHOLE, Part, Source, by_source, spread
 from data_pipelines.tar import TarError
-from data_pipelines.verify import Problem
+from data_pipelines.text import to_json
 
-FORMAT = 1  # of the file of a part
+FORMAT = 2  # of the file of a part
 _MAX_EXAMPLES = 50  # problems that are shown
 _PERCENTS = (5, 50, 95)
+_TEXT_SHOWN = 40  # characters of a value of json
 
 # First characters of runs of one script, and the scripts; what lies between the blocks counts as "other".
 _BLOCKS = (
@@ -109,6 +111,42 @@ class Distribution:
         return {name: round(value / unit, 3) for name, value in (found | {"max": self.most}).items()}
 
 
+@dataclass
+class JsonField:
+    """The values of one field of json: how many, and between which they lie."""
+
+    samples: int = 0  # that have it
+    numbers: list[float] = field(default_factory=list)  # least and most, where there are any
+    texts: list[str] = field(default_factory=list)  # first and last by alphabet, where there are any
+
+    def add(self, value: object) -> None:
+        """The value of one sample."""
+        self.samples += 1
+        if isinstance(value, str):
+            self._widen(self.texts, [value[:_TEXT_SHOWN]])
+        elif isinstance(value, bool):
+            self._widen(self.texts, [to_json(value)])
+        elif isinstance(value, int | float) and abs(value) < 1e300:  # neither NaN nor infinite, nor too large for one
+            self._widen(self.numbers, [float(value)])
+
+    def merge(self, other: JsonField) -> None:
+        """All values of another."""
+        self.samples += other.samples
+        self._widen(self.numbers, other.numbers)
+        self._widen(self.texts, other.texts)
+
+    @property
+    def range(self) -> str:
+        """As it is shown."""
+        ends = [[f"{number:g}" for number in self.numbers], self.texts]
+        return ", ".join(" to ".join(dict.fromkeys(both)) for both in ends if both)
+
+    @staticmethod
+    def _widen(ends: list[Any], values: list[Any]) -> None:
+        if values:
+            ends[:] = min([*ends, *values]), max([*ends, *values])
+
+
 UNITS = {  # of what is measured: numbers stand for hundredths where that says 100
     "width": 1,
     "height": 1,
@@ -120,6 +158,9 @@ UNITS = {  # of what is measured: numbers stand for hundredths where that says 1
 }
 
 
+_COUNTERS = ("unusable", "formats", "scripts", "languages")
+
+
 @dataclass
 class Census:
     """What was counted. Censuses of different samples can be merged in any order."""
@@ -129,17 +170,20 @@ class Census:
     unusable: Counter[str] = field(default_factory=Counter)  # samples by reason
     measured: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in UNITS})
     formats: Counter[str] = field(default_factory=Counter)  # of images
-    languages: Counter[str] = field(default_factory=Counter)  # or scripts
-    fields: Counter[str] = field(default_factory=Counter)  # samples that have it in their json
-    prints: list[np.ndarray] = field(default_factory=list)  # (3, n) uint64: image, caption, place; 24 bytes a sample
+    scripts: Counter[str] = field(default_factory=Counter)  # of captions
+    languages: Counter[str] = field(default_factory=Counter)  # by the field of json that names them
+    fields: dict[str, JsonField] = field(default_factory=lambda: defaultdict(JsonField))  # of json
+    prints: list[np.ndarray] = field(default_factory=list)  # (3, n) uint64: image, caption, place; 24 bytes per sample
     examples: list[Problem] = field(default_factory=list)
 
     def merge(self, other: Census) -> None:
         """Adds another up."""
         self.samples += other.samples
         self.left_out += other.left_out
-        for name in ("unusable", "formats", "languages", "fields"):
+        for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
+        for name, values in other.fields.items():
+            self.fields[name].merge(values)
         for name, distribution in other.measured.items():
             self.measured[name].merge(distribution)
         self.prints += other.prints
@@ -179,10 +223,18 @@ class Census:
             "bytes": self.measured["shard_bytes"].sum,
             **{name: distribution.summary(UNITS[name]) for name, distribution in self.measured.items()},
             "formats": _by_count(self.formats),
+            "scripts": _by_count(self.scripts),
             "languages": _by_count(self.languages),
-            "json_fields": {name: count / self.samples for name, count in _by_count(self.fields).items()},
+            "json_fields": {
+                name: {"share": found.samples / self.samples, "numbers": found.numbers, "texts": found.texts}
+                for name, found in self.fields_by_count()
+            },
             "duplicates": self.duplicates(),
         }
+
+    def fields_by_count(self) -> list[tuple[str, JsonField]]:
+        """The fields of json, the most frequent first."""
+        return sorted(self.fields.items(), key=lambda item: (-item[1].samples, item[0]))
 
     def save_part(self, path: Path, part: Part) -> None:
         """Writes all that `merge_parts` needs as .npz."""
@@ -191,13 +243,14 @@ class Census:
             "part": [part.number, part.count],
             "samples": self.samples,
             "left_out": self.left_out,
-            **{name: getattr(self, name) for name in ("unusable", "formats", "languages", "fields")},
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "fields": {name: [values.samples, values.numbers, values.texts] for name, values in self.fields.items()},
             "measured": {n: [list(d.counts.items()), d.sum, d.least, d.most] for n, d in self.measured.items()},
         }
 
         def write(tmp: Path) -> None:
             with tmp.open("wb") as file:  # numpy adds .npz to a bare name
-                np.savez(file, content=np.frombuffer(json.dumps(content).encode(), np.uint8), prints=self._prints())
+                np.savez(file, content=np.frombuffer(to_json(content).encode(), np.uint8), prints=self._prints())
 
         write_atomically(path, write)
 
@@ -228,9 +281,10 @@ class _Count:
             lost = np.ones(len(rows), dtype=bool)
             lost[kept] = False
             census.left_out = int(np.count_nonzero(lost & ~faulty))
-            for start, _, fault in rows[faulty].tolist():
-                key = key_at(data, start) if len(census.examples) < _MAX_EXAMPLES else ""
-                _reject(census, source, key, Fault(fault).reason)
+            for row in rows[faulty].tolist():
+                census.unusable[Fault(row[2]).reason] += 1
+                if len(census.examples) < _MAX_EXAMPLES:
+                    census.examples.append(Problem.of_row(source.location, data, row))
             chosen = kept if task.chosen is None else kept[task.chosen]
             places: list[tuple[np.ndarray, np.ndarray, int]] = []
             for number in chosen[~faulty[chosen]].tolist():
@@ -239,7 +293,7 @@ class _Count:
                     sample = parse_sample(source.location, data.read(start, stop - start))
                     hashes = self._count(census, sample)
                 except (SampleError, TarError) as error:
-                    _reject(census, source, key_at(data, start), str(error))
+                    _reject(census, source, label_at(data, start), str(error))
                     continue
                 places.append((*hashes, source.number << 32 | number))
         finally:
@@ -256,7 +310,6 @@ class _Count:
             metadata = sample.metadata()
         except SampleError:
             metadata = {}
-        language = str(metadata.get(self.language_field, "")) if self.language_field else script_of(caption)
         numbers = {
             "width": width,
             "height": height,
@@ -269,8 +322,11 @@ class _Count:
             census.measured[name].add(number)
         census.samples += 1
         census.formats[header.format] += 1
-        census.languages[language or "none"] += 1
-        census.fields.update(metadata.keys())
+        census.scripts[script_of(caption)] += 1
+        if self.language_field:
+            census.languages[str(metadata.get(self.language_field, "")) or "none"] += 1
+        for name, value in metadata.items():
+            census.fields[name].add(value)
         return hash64(sample.image), hash64(normalised_caption(caption))
 
 
@@ -306,7 +362,7 @@ def take_census(
     Args:
         sources: From `load_sources`, or without a limit from `name_sources`.
         limit: Samples to read; by default all.
-        language_field: Of the json; by default the script of the caption tells the language.
+        language_field: Of the json; counted besides the scripts of the captions.
         part: Which share of the shards to read.
         processes: By default one per core.
         on_shard: Called as each shard is done.
@@ -318,7 +374,9 @@ def take_census(
         tasks = [_Task(source, None) for source in sources]
     else:
         total = sum(source.entry.samples for source in sources if source.entry)
-        tasks = [_Task(source, chosen) for source, chosen in by_source(sources, spread(total, limit))]
+        chosen = {source.number: places for source, places in by_source(sources, spread(total, limit))}
+        none = np.zeros(0, dtype=np.int64)  # what is wrong with a shard counts even where none of it is read
+        tasks = [_Task(source, chosen.get(source.number, none)) for source in sources]
     counted: dict[int, Census] = {}
     for number, census in each_done(_Count(language_field), part.of(tasks), processes):
         counted[number] = census
@@ -336,8 +394,9 @@ def _load_part(path: Path) -> tuple[Part, Census]:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
             census = Census(content["samples"], content["left_out"], prints=[arrays["prints"]])
-        for name in ("unusable", "formats", "languages", "fields"):
+        for name in _COUNTERS:
             getattr(census, name).update(content[name])
+        census.fields.update((name, JsonField(*values)) for name, values in content["fields"].items())
         for name, (counts, *rest) in content["measured"].items():
             census.measured[name] = Distribution(Counter(dict(map(tuple, counts))), *rest)
         return Part(*content["part"]), census

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipelines.help_text import HelpFormatter, examples
+
 
 def parser() -> argparse.ArgumentParser:
     """Parses into a namespace whose `command` is the name of the command."""
@@ -22,8 +24,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: argparse._SubParsersAction, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    plain = argparse.ArgumentDefaultsHelpFormatter
-    return commands.add_parser(name, formatter_class=plain, help=help, description=description)
+    epilog = examples(*(f"python -m data_pipelines {name} {words}" for words in _EXAMPLES[name]))
+    return commands.add_parser(name, formatter_class=HelpFormatter, help=help, description=description, epilog=epilog)
+
+
+_EXAMPLES = {
+    "demo": ("data/demo", "data/small --train 1000 --size 32"),
+    "pack": (
+        "captions.csv data/pairs/train --image-column path --caption-column text",
+        "photos/ data/photos",
+    ),
+    "index": (
+        "'data/web/{00000..00099}.tar' -o data/web/manifest.json",
+        "data/web -o data/web/clean.json --min-size 200 --unique image --min-score similarity=0.28",
+        "s3://bucket/web/*.tar -o data/web/remote.json --checksums",
+    ),
+    "verify": ("data/web/manifest.json",),
+    "stats": ("data/web/manifest.json --sample 10000", "--merge stats.0-of-2.npz stats.1-of-2.npz"),
+    "inspect": ("data/web/manifest.json -o report",),
+    "reshard": ("data/web/manifest.json -o data/shuffled --samples-per-shard 10000",),
+    "tokenizer": ("data/pairs/train/manifest.json -o data/pairs/tokenizer.model --vocab-size 30000",),
+    "adopt": ("models/bert-base-chinese -o data/pairs/tokenizer",),
+    "coverage": ("data/pairs/tokenizer.model data/pairs/train/manifest.json",),
+}
 
 
 def _demo(commands: argparse._SubParsersAction) -> None:
@@ -31,18 +54,13 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         commands,
         "demo",
         "draw a small corpus to try everything with (half a minute)",
-        "Draws scenes of two coloured shapes with captions that say how they stand to each other, or emoji on coloured "
-        "grounds with captions in English and Chinese.",
+        "Draws scenes of two coloured shapes with captions that say how they stand to each other.",
     )
     demo.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    demo.add_argument("--kind", choices=("scenes", "emoji"), default="scenes", help="what to draw")
-    demo.add_argument("--font", type=Path, help="of emoji; by default one that is installed")
     demo.add_argument("--train", type=_at_least(1), default=20_000, help="training samples")
-    demo.add_argument("--heldout", type=_at_least(1), help="held-out samples; by default 512, and 256 of emoji")
+    demo.add_argument("--heldout", type=_at_least(1), default=512, help="held-out samples")
     demo.add_argument("--size", type=_at_least(1), default=64, help="side of the pictures in pixels")
-    demo.add_argument(
-        "--vocab-size", type=_at_least(6), help="pieces of the tokenizer, at most; by default 512, and 1024 of emoji"
-    )
+    demo.add_argument("--vocab-size", type=_at_least(6), default=512, help="pieces of the tokenizer, at most")
     demo.add_argument("--seed", type=int, default=0, help="another seed draws another corpus")
 
 
@@ -51,8 +69,9 @@ def _pack(commands: argparse._SubParsersAction) -> None:
         commands,
         "pack",
         "turn a folder or a table of images and captions into shards",
-        "SOURCE is a folder of images, each with a .txt of the same name, or a .csv, .tsv, .jsonl or .parquet with a "
-        "column of image paths and one of captions. Rows that cannot be used are listed in OUT/rejected.jsonl.",
+        "SOURCE is a folder of images (JPEG, PNG or WebP), each with a .txt of the same name, or a .csv, .tsv, .jsonl "
+        "or .parquet with a column of image paths (of parquet, also image bytes) and one of captions. Rows that cannot "
+        "be used, images of other formats among them, are listed in OUT/rejected.jsonl.",
     )
     pack.add_argument("source", type=Path, metavar="SOURCE", help="folder or table")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their manifest")
@@ -61,6 +80,13 @@ def _pack(commands: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--samples-per-shard", type=_at_least(1), default=10_000, help="a shard of 10,000 is about 300 MB"
     )
+    pack.add_argument(
+        "--heldout",
+        type=_at_least(1),
+        metavar="NUMBER",
+        help="samples to set apart by a hash of the image, into OUT/heldout beside OUT/train",
+    )
+    pack.add_argument("--label-column", help="column of classes, for OUT/heldout/prompts.json")
 
 
 def _index(commands: argparse._SubParsersAction) -> None:
@@ -81,6 +107,7 @@ def _index(commands: argparse._SubParsersAction) -> None:
     index.add_argument("-o", "--output", type=_manifest, required=True, help="manifest to write, such as manifest.json")
     _processes(index)
     index.add_argument("--checksums", action="store_true", help="keep each shard's SHA-256, for `verify` and caches")
+    index.add_argument("--strict", action="store_true", help="a shard that is damaged or cut short is an error")
     index.add_argument(
         "--trust-stats", action="store_true", help="take counts from img2dataset's _stats.json or parquet; read no tar"
     )
@@ -94,7 +121,9 @@ def _index(commands: argparse._SubParsersAction) -> None:
     filters.add_argument(
         "--unique", action="append", default=[], choices=("image", "caption", "pair"), help="keep the first of equals"
     )
-    filters.add_argument("--exclude", type=Path, metavar="FILE.jsonl", help="bad samples that a run or `verify` listed")
+    filters.add_argument(
+        "--exclude", type=Path, metavar="FILE.jsonl", help="samples and whole shards that a run or `verify` listed"
+    )
 
 
 def _verify(commands: argparse._SubParsersAction) -> None:
@@ -118,7 +147,7 @@ def _stats(commands: argparse._SubParsersAction) -> None:
     stats = _add(
         commands,
         "stats",
-        "count sizes, lengths, formats, languages and duplicates",
+        "count sizes, lengths, formats, scripts and duplicates",
         "Counts over all samples, or over some spread evenly. Images are not decoded; of several captions the first "
         "counts. With --shard each part writes what it counted, and --merge adds the parts up exactly.",
     )
@@ -127,7 +156,7 @@ def _stats(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="parts to add up, instead of sources")
     stats.add_argument("-o", "--output", type=Path, default=Path("stats.json"), help="file to write")
     stats.add_argument("--sample", type=_at_least(1), metavar="NUMBER", help="read so many samples only")
-    stats.add_argument("--language-field", default="", metavar="FIELD", help="of json; otherwise the script is counted")
+    stats.add_argument("--language-field", default="", metavar="FIELD", help="of json; counted besides the scripts")
     _processes(stats)
     _part(stats)
 
@@ -137,8 +166,7 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         commands,
         "inspect",
         "show samples, histograms, duplicates and problems as a page to look at",
-        "Writes FOLDER/report.html, which needs nothing else, and FOLDER/contact_sheet.png. The same call shows the "
-        "same samples.",
+        "Writes FOLDER/report.html, which needs nothing else. The same call shows the same samples.",
     )
     _sources(inspect)
     inspect.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
@@ -173,7 +201,9 @@ def _tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     tokenizer.add_argument("manifest", type=Path, metavar="MANIFEST", help="of the training shards")
     tokenizer.add_argument("-o", "--output", type=Path, required=True, help="model to write, such as tokenizer.model")
-    tokenizer.add_argument("--vocab-size", type=_at_least(6), required=True, help="pieces, at most, such as 16000")
+    tokenizer.add_argument(
+        "--vocab-size", type=_at_least(6), required=True, help="pieces, at most; 30000 suits web captions"
+    )
     tokenizer.add_argument("--export", type=Path, help="folder for the same as a Hugging Face tokenizer")
 
 

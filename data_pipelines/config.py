@@ -132,3 +132,23 @@ class DataConfig(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale [{low}, {high}] must be two shares of the area with 0 < low <= high <= 1")
         return value
+
+    def misfit(self, global_batch: int, accumulation: int, data_parallel: int) -> str | None:
+        """Why a step does not divide into whole grains, in one sentence; None if it does."""
+        share = data_parallel * accumulation * self.grain
+        if global_batch % share == 0 and global_batch > 0:
+            return None
+        below = global_batch // share * share
+        fixes = [f"{below:,} or {below + share:,} samples" if below else f"{share:,} samples", "a smaller data.grain"]
+        grains = global_batch // (accumulation * self.grain)
+        if grains > 0 and global_batch % (accumulation * self.grain) == 0:  # other ranks take the same step
+            ranks = [number for number in range(1, min(grains, 2 * data_parallel) + 1) if grains % number == 0]
+            near = sorted(sorted(ranks, key=lambda number: abs(number - data_parallel))[:4])
+            many = f"{', '.join(f'{number:,}' for number in near[:-1])} or " if near[1:] else ""
+            fixes.append(f"{many}{near[-1]:,} data-parallel rank{'s' if near != [1] else ''}")
+        s = "s" if data_parallel > 1 else ""
+        return (
+            f"training.global_batch {global_batch:,} does not divide into whole grains: {data_parallel:,} "
+            f"data-parallel rank{s} x training.accumulation {accumulation} x data.grain {self.grain} = {share:,} must "
+            f"divide it; use {', '.join(fixes[:-1])}, or {fixes[-1]}."
+        )

@@ -4,69 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
-
-from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.index import build_manifest
+from data_pipelines.manifest import index_folder
 from data_pipelines.scenes import DRAWING, SHORT_SHARE, caption_of, draw_scene, picture_of, zero_shot_prompts
-from data_pipelines.shards import write_shard
+from data_pipelines.shards import filled, holds_anything, write_shard
+from data_pipelines.text import to_json
 from data_pipelines.tokenizer import train_sentencepiece
 
 SAMPLES_PER_SHARD = 1000
-
-
-class Kind(Protocol):
-    """What a demonstration corpus shows. It is pickled to the processes that draw."""
-
-    title: str
-    default_heldout: int  # samples of which no two look the same
-    default_vocab_size: int  # pieces of a tokenizer that suits the captions
-
-    def record(self) -> dict[str, object]:
-        """What makes a corpus this one and no other, besides the numbers of the demo."""
-        ...
-
-    def sample(self, index: int, *, heldout: bool, seed: int, size: int) -> tuple[Image.Image, str, dict[str, object]]:
-        """A picture of size x size, its caption and its metadata."""
-        ...
-
-    def prompts(self) -> dict[str, object]:
-        """The metadata field to predict, and the sentences that stand for each of its values."""
-        ...
-
-
-class Scenes:
-    """Two coloured shapes and how they stand to each other."""
-
-    title = "scenes"
-    default_heldout = 512
-    default_vocab_size = 512
-
-    def record(self) -> dict[str, object]:
-        return {"drawing": DRAWING}
-
-    def sample(self, index: int, *, heldout: bool, seed: int, size: int) -> tuple[Image.Image, str, dict[str, object]]:
-        scene, draws = draw_scene(heldout, seed, index)
-        caption = caption_of(scene, draws[16:], short=not heldout and draws[15] < SHORT_SHARE)
-        metadata: dict[str, object] = {
-            "subject": " ".join(scene.subject),
-            "object": " ".join(scene.object),
-            "relation": scene.relation,
-            "shapes": " and ".join(sorted((scene.subject[2], scene.object[2]))),
-        }
-        return picture_of(scene, draws, size), caption, metadata
-
-    def prompts(self) -> dict[str, object]:
-        return zero_shot_prompts()
 
 
 @dataclass(frozen=True)
@@ -78,7 +31,6 @@ class Demo:
     size: int  # side of the pictures in pixels
     vocab_size: int  # pieces of the tokenizer, at most
     seed: int
-    kind: Kind = field(default_factory=Scenes)
 
     @property
     def num_shards(self) -> int:
@@ -91,7 +43,7 @@ class Demo:
         Raises:
             DataError: It holds something else, or does not say what.
         """
-        if not folder.exists() or not any(folder.iterdir()):
+        if not holds_anything(folder):
             return False
         record = folder / "demo.json"
         try:
@@ -114,34 +66,31 @@ class Demo:
             processes: Drawing at the same time.
             on_shard: Called as each shard is done.
         """
-        prompts = json.dumps(self.kind.prompts(), indent=2, ensure_ascii=False)
-        folder = folder.absolute()
-        tmp = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was interrupted
-        for split in ("train", "heldout"):
-            (tmp / split).mkdir(parents=True)
-        jobs = self._jobs(tmp)
-        captions: list[str] = []
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            write = partial(_write_samples, kind=self.kind, seed=self.seed, size=self.size)
-            for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
-                captions += [] if is_heldout else texts
-                on_shard()
-        for split in ("train", "heldout"):
-            path = tmp / split / "manifest.json"
-            manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
-            manifest.save()
-        # Made-up captions hold no rare characters that are better unknown.
-        train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size, character_coverage=1.0)
-        (tmp / "heldout" / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
-        (tmp / "demo.json").write_text(json.dumps(self._record()) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        tmp.rename(folder)
+        with filled(folder) as tmp:
+            for split in ("train", "heldout"):
+                (tmp / split).mkdir()
+            jobs = self._jobs(tmp)
+            captions: list[str] = []
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                write = partial(_write_samples, seed=self.seed, size=self.size)
+                for (_, is_heldout, *_), texts in zip(jobs, pool.map(write, jobs), strict=True):
+                    captions += [] if is_heldout else texts
+                    on_shard()
+            for split in ("train", "heldout"):
+                path = tmp / split / "manifest.json"
+                manifest, _ = build_manifest(sorted(path.parent.glob("*.tar")), path, processes=1)
+                manifest.save()
+                for seal in index_folder(path).glob("*.seal.json"):
+                    seal.unlink()  # they tell times, and the same seed gives the same bytes
+            # Made-up captions hold no rare characters that are better unknown.
+            train_sentencepiece(captions, tmp / "tokenizer.model", self.vocab_size, character_coverage=1.0)
+            prompts = to_json(zero_shot_prompts(), indent=2)
+            (tmp / "heldout" / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
+            (tmp / "demo.json").write_text(to_json(self._record()) + "\n")
 
     def _record(self) -> dict[str, object]:
         numbers = {name: getattr(self, name) for name in ("train", "heldout", "size", "vocab_size", "seed")}
-        return numbers | self.kind.record()
+        return {**numbers, "drawing": DRAWING}
 
     def _jobs(self, folder: Path) -> list[tuple[Path, bool, int, int]]:
         return [
@@ -151,20 +100,27 @@ class Demo:
         ]
 
 
-def _write_samples(job: tuple[Path, bool, int, int], *, kind: Kind, seed: int, size: int) -> list[str]:
+def _write_samples(job: tuple[Path, bool, int, int], *, seed: int, size: int) -> list[str]:
     path, heldout, start, stop = job
     captions: list[str] = []
     samples: list[dict[str, bytes | str]] = []
     for index in range(start, stop):
-        picture, caption, metadata = kind.sample(index, heldout=heldout, seed=seed, size=size)
+        scene, draws = draw_scene(heldout, seed, index)
+        caption = caption_of(scene, draws[16:], short=not heldout and draws[15] < SHORT_SHARE)
+        metadata = {
+            "subject": " ".join(scene.subject),
+            "object": " ".join(scene.object),
+            "relation": scene.relation,
+            "shapes": " and ".join(sorted((scene.subject[2], scene.object[2]))),
+        }
         jpeg = io.BytesIO()
-        picture.save(jpeg, "JPEG", quality=90)
+        picture_of(scene, draws, size).save(jpeg, "JPEG", quality=90)
         samples.append(
             {
                 "__key__": f"{index:08d}",
                 "jpg": jpeg.getvalue(),
                 "txt": caption.encode(),
-                "json": json.dumps(metadata, ensure_ascii=False).encode(),
+                "json": to_json(metadata).encode(),
             }
         )
         captions.append(caption)

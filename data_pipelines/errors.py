@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from data_pipelines.text import counted
+
+_MOST_NAMED = 20
 
 
 class UserError(Exception):
@@ -16,6 +22,29 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A shard, a sample, a manifest or a tokenizer is not what it should be."""
+
+
+class MissingError(DataError):
+    """A shard is not where it was named."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], total: int) -> MissingError:
+        """All that are missing of `total`, at once."""
+        others = f" and {len(names) - _MOST_NAMED:,} others" if len(names) > _MOST_NAMED else ""
+        listed = ", ".join(names[:_MOST_NAMED]) + others
+        return cls(
+            f"{len(names):,} of {counted(total, 'shard')} cannot be found: {listed}. Put them back, or name the others "
+            f"alone."
+        )
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Says of what is wrong with a file which key of the config gave it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
 
 
 def cannot_open(what: str, error: OSError) -> DataError:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipelines.errors import DataError, cannot_open
+from data_pipelines.errors import DataError
 from data_pipelines.scan import FeatureFields
-from data_pipelines.storage import file_name
 
 Unique = Literal["image", "caption", "pair"]
 
@@ -67,7 +65,8 @@ class Filters:
             tests.append((f"{name} not {' or '.join(sorted(values))}", fits))
         if self.min_score:
             name, least = self.min_score
-            tests.append((f"{name} below {least:g} or missing", found["score"] >= least))
+            tests.append((f"{name} missing or no number", ~np.isnan(found["score"])))
+            tests.append((f"{name} below {least:g}", found["score"] >= least))
         if self.uids:
             tests.append((f"uid not in {self.uids.name}", np.isin(_as_pairs(found["uid"]), self._uids)))
         for reason, fits in tests:
@@ -90,36 +89,9 @@ class Filters:
             raise DataError(f"{self.uids} has the dtype {uids.dtype}, not u8,u8: give a list of uids as DataComp has.")
         return uids
 
-    def excluded(self, locations: Sequence[str]) -> list[set[str]]:
-        """Keys to leave out of each shard.
-
-        What is listed of one of `locations` concerns no other. Any other shard is known by the name of its file, since
-        shards are moved.
-
-        Raises:
-            DataError: The list cannot be read.
-        """
-        keys: dict[str, set[str]] = defaultdict(set)
-        if self.exclude:
-            ours = set(locations)
-            try:
-                with self.exclude.open(encoding="utf-8") as lines:
-                    for line in lines:
-                        row = json.loads(line)
-                        shard = row["shard"]
-                        keys[shard if shard in ours else file_name(shard)].add(row["key"])
-            except OSError as error:
-                raise cannot_open(str(self.exclude), error) from None
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(
-                    f"{self.exclude} has a line that is no object with `shard` and `key`: give a list as training and "
-                    f"`verify` write it."
-                ) from None
-        return [keys[location] | keys[file_name(location)] for location in locations]
-
 
 class Duplicates:
-    """Keeps the first of each set of equal images, captions or pairs; some 40 bytes a sample while it compares."""
+    """Keeps the first of each set of equal images, captions or pairs; some 40 bytes per sample while it compares."""
 
     def __init__(self, unique: Iterable[Unique]):
         self._unique = sorted(unique)

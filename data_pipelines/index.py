@@ -8,53 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, MissingError
 from data_pipelines.filters import Duplicates, Filters
-from data_pipelines.manifest import (
-    Manifest,
-    Shard,
-    index_folder,
-    index_name,
-    normalised,
-    relative,
-    save_array,
-    write_atomically,
-)
+from data_pipelines.manifest import Manifest, Shard, index_folder, index_name, normalised, relative
 from data_pipelines.parallel import each_done
-from data_pipelines.sample import IMAGE_EXTENSIONS, Fault
-from data_pipelines.scan import READ_AHEAD, FeatureFields, ReadAhead, features, key_at, scan
-from data_pipelines.storage import ByteSource, describe, file_name, is_remote, open_bytes, shown
+from data_pipelines.problems import REPLACED, Exclusions, Problem
+from data_pipelines.sample import NEEDED, Fault, fix_of
+from data_pipelines.scan import FeatureFields, ReadAhead, features, label_at, scan
+from data_pipelines.seal import Seal
+from data_pipelines.storage import ByteSource, describe, file_name, is_remote, open_bytes, sha256_of, shown
 from data_pipelines.tar import printable
+from data_pipelines.text import counted
 
 _COUNTED_AT_ONCE = 16  # shards: a remote one takes a few requests of a moment each
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that no filter asked to leave out, and that is left out all the same."""
-
-    shard: str
-    key: str
-    reason: str
 
 
 @dataclass
 class Report:
     """What became of the samples of a manifest."""
 
-    faults: list[Dropped] = field(default_factory=list)
+    faults: list[Problem] = field(default_factory=list)  # left out although no filter asks for it
     filtered: Counter[str] = field(default_factory=Counter)  # samples by reason
     reused: int = 0  # shards whose scan was there already
+    replaced: list[Problem] = field(default_factory=list)  # shards that are not what an earlier checksum says
+    left_out: list[str] = field(default_factory=list)  # shards that are on the list of exclusions
+    unmatched: list[tuple[str, str]] = field(default_factory=list)  # (shard, key) on that list that are not there
+
+    @property
+    def broken(self) -> list[Problem]:
+        """What is wrong with whole shards."""
+        return [fault for fault in self.faults if not fault.key] + self.replaced
 
 
 @dataclass(frozen=True)
@@ -65,59 +57,73 @@ class _Scan:
     manifest: Path
     names: FeatureFields | None
     checksums: bool
+    known_sums: dict[str, str]  # SHA-256 by location, as the manifest said before
     patience_s: float
 
-    def __call__(self, location: str) -> _Scanned:
-        size, version = describe(location, patience_s=self.patience_s)
+    def __call__(self, location: str) -> _Scanned | None:
+        """None where the shard is missing."""
+        try:
+            size, version = describe(location, patience_s=self.patience_s)
+        except MissingError:
+            return None
         path = self.folder / index_name(relative(location, self.manifest), size, version)
-        checksum = path.with_suffix(".sha256")
         described = self.names and features_path(path, self.names)
-        rows = _load(path) if self._is_current(path, location) else None
-        must_describe = described is not None and not self._is_current(described, location)
-        must_sum = self.checksums and not self._is_current(checksum, location)
-        reused = rows is not None and not must_describe and not must_sum
+        seal, known_sum = Seal.of(path, location, version), self.known_sums.get(location, "")
+        rows, table = seal.load(path), described and seal.load(described)
+        # Without a version, nothing else could tell a copy in a node's cache from a file that has changed.
+        must_sum = not seal.sha256 and (self.checksums or known_sum or (is_remote(location) and not version))
+        reused = rows is not None and (table is not None or not described) and not must_sum
         if not reused:
-            with closing(ReadAhead(self._opened(location), is_remote(location))) as source:
+            with closing(self._opened(location)) as source:
                 if rows is None:
                     rows = scan(source)
-                    save_array(path, rows)
-                if must_describe and self.names and described:
-                    save_array(described, features(source, rows, self.names))
+                    seal.save(path, rows)
+                if described and self.names and table is None:
+                    table = features(source, rows, self.names)
+                    seal.save(described, table)
                 if must_sum:
-                    digest = sha256_of(source)
-                    write_atomically(checksum, lambda tmp: tmp.write_text(digest))
+                    seal.sha256 = sha256_of(source)
+            seal.write()
         assert rows is not None
-        digest = checksum.read_text() if self.checksums else ""
-        dropped = self._dropped(location, rows, _faults(rows, described and np.load(described)))
-        return _Scanned(Shard(location, len(rows), size, len(rows), version, digest), path, dropped, reused)
+        shard = Shard(location, len(rows), size, len(rows), version, seal.sha256)
+        problems = self._problems(location, rows, _faults(rows, table))
+        detail = f"{seal.sha256} instead of {known_sum}"
+        replaced = [Problem(location, "", REPLACED, detail)] if known_sum not in ("", seal.sha256) else []
+        return _Scanned(shard, path, problems, reused, replaced)
 
     def _opened(self, location: str) -> ByteSource:
-        return open_bytes(location, patience_s=self.patience_s)
+        return ReadAhead(open_bytes(location, patience_s=self.patience_s), is_remote(location))
 
-    def _dropped(self, location: str, rows: np.ndarray, faults: np.ndarray) -> list[Dropped]:
-        if not faults.any():
+    def _problems(self, location: str, rows: np.ndarray, faults: np.ndarray) -> list[Problem]:
+        bad = np.flatnonzero(faults)
+        if not bad.size:
             return []
         with closing(self._opened(location)) as source:
-            return [
-                Dropped(location, key_at(source, start) or f"byte {start:,}", Fault(fault).reason)
-                for start, fault in zip(rows[:, 0].tolist(), faults.tolist(), strict=True)
-                if fault
-            ]
+            found = [Problem.of_row(location, source, (*rows[n, :2].tolist(), int(faults[n]))) for n in bad.tolist()]
+        if not found[-1].key and (lost := self._lost(location, rows)):  # the shard is not whole
+            found[-1] = replace(found[-1], detail=f"{found[-1].detail}, {lost}")
+        return found
 
-    def _is_current(self, path: Path, location: str) -> bool:
-        """Whether a file of the index is there, and no older than its shard."""
-        try:
-            return path.stat().st_mtime_ns >= (0 if is_remote(location) else os.stat(location).st_mtime_ns)  # noqa: PTH116
-        except OSError:
-            return False
+    def _lost(self, location: str, rows: np.ndarray) -> str:
+        """How many samples damage has taken, as far as it can be known."""
+        whole, made = len(rows) - 1, None
+        with suppress(DataError):
+            made = _count(location, self.patience_s)
+        if made is not None:
+            return f"{counted(max(0, made - whole), 'sample')} by the count of its maker"
+        if not whole or Fault(rows[-1, 2]) != Fault.DAMAGED:
+            return ""
+        start, stop = rows[-1, :2].tolist()
+        return f"some {counted(max(1, round((stop - start) * whole / start)), 'sample')} by the size of those before"
 
 
 @dataclass(frozen=True)
 class _Scanned:
     shard: Shard
     path: Path  # of its rows
-    dropped: list[Dropped]
+    faults: list[Problem]
     reused: bool
+    replaced: list[Problem]
 
 
 def build_manifest(
@@ -146,21 +152,34 @@ def build_manifest(
 
     Raises:
         DataError: A shard cannot be read, or there is nothing usable.
+        MissingError: Shards are missing; it names all of them.
     """
     filters, path = filters or Filters(), normalised(path)
     names = filters.fields if filters.need_features else None
-    job = _Scan(index_folder(path), path, names, checksums, patience_s)
-    places = [str(place) if is_remote(str(place)) else str(normalised(Path(place))) for place in locations]
-    excluded = filters.excluded(places)
-    by_number: dict[int, _Scanned] = {}
+    job = _Scan(index_folder(path), path, names, checksums, _known_sums(path), patience_s)
+    named = [_place(place) for place in locations]
+    exclusions = Exclusions.load(filters.exclude, named)
+    excluded = dict(zip(named, exclusions.keys, strict=True))
+    places = [place for place in named if "" not in excluded[place]]
+    if not places:
+        raise DataError(
+            f"{filters.exclude} lists as a whole all that are named ({counted(len(named), 'shard')}): name others."
+        )
+    by_number: dict[int, _Scanned | None] = {}
     for number, found in each_done(job, places, processes):
         by_number[number] = found
         on_shard()
-    scanned = [by_number[number] for number in range(len(places))]
+    if missing := [shown(places[number]) for number, found in sorted(by_number.items()) if found is None]:
+        raise MissingError.of(missing, len(places))
+    scanned = [found for _, found in sorted(by_number.items()) if found]
     report = Report(
-        faults=[drop for found in scanned for drop in found.dropped], reused=sum(found.reused for found in scanned)
+        faults=[fault for found in scanned for fault in found.faults],
+        reused=sum(found.reused for found in scanned),
+        replaced=[problem for found in scanned for problem in found.replaced],
+        left_out=[place for place in named if "" in excluded[place]],
+        unmatched=exclusions.elsewhere,
     )
-    kept = _apply(filters, names, scanned, excluded, report)
+    kept = _apply(filters, names, scanned, [excluded[place] for place in places], report)
     shards = tuple(
         Shard(s.location, int(np.count_nonzero(keep)), s.bytes, s.indexed, s.version, s.sha256)
         for s, keep in zip((found.shard for found in scanned), kept, strict=True)
@@ -185,18 +204,33 @@ def count_from_stats(
         DataError: A shard has neither file, or they cannot be read.
     """
 
-    def count(place: str | Path) -> Shard:
-        location = str(place) if is_remote(str(place)) else str(normalised(Path(place)))
-        size, version = describe(location, patience_s=patience_s)
-        samples = _count(location, patience_s)
-        return Shard(location, samples, size, samples, version)
+    path = normalised(path)
 
-    shards: list[Shard] = []
+    def count(location: str) -> Shard | None:
+        try:
+            size, version = describe(location, patience_s=patience_s)
+        except MissingError:
+            return None
+        samples = _count(location, patience_s)
+        if samples is None:
+            stem = location.removesuffix(".tar")
+            raise DataError(
+                f"Beside {shown(location)} there is neither {file_name(stem)}_stats.json nor .parquet: index it "
+                f"without --trust-stats, which reads its headers."
+            )
+        seal = Seal.of(index_folder(path) / index_name(relative(location, path), size, version), location, version)
+        return Shard(location, samples, size, samples, version, seal.sha256)
+
+    found: list[Shard | None] = []
+    places = [_place(place) for place in locations]
     with ThreadPoolExecutor(_COUNTED_AT_ONCE) as pool:
-        for shard in pool.map(count, locations):
-            shards.append(shard)
+        for shard in pool.map(count, places):
+            found.append(shard)
             on_shard()
-    manifest = Manifest(normalised(path), tuple(shards), "stats")
+    if missing := [shown(place) for place, shard in zip(places, found, strict=True) if shard is None]:
+        raise MissingError.of(missing, len(places))
+    shards = [shard for shard in found if shard]
+    manifest = Manifest(path, tuple(shards), "stats")
     if manifest.samples == 0:
         raise _nothing_usable(shards, Report())
     return manifest
@@ -211,14 +245,6 @@ def features_path(rows: Path, names: FeatureFields) -> Path:
     return rows.with_suffix(f".features-{digest}.npy")
 
 
-def sha256_of(source: ByteSource) -> str:
-    """Hexadecimal, of all bytes."""
-    digest = hashlib.sha256()
-    for offset in range(0, source.size, READ_AHEAD):
-        digest.update(source.read(offset, READ_AHEAD))
-    return digest.hexdigest()
-
-
 def _apply(
     filters: Filters,
     names: FeatureFields | None,
@@ -229,8 +255,7 @@ def _apply(
     kept: list[np.ndarray] = []
     duplicates = Duplicates(filters.unique)
     for found, keys in zip(scanned, excluded, strict=True):
-        rows = _load(found.path)
-        assert rows is not None, found.path
+        rows = np.load(found.path)
         table = names and np.load(features_path(found.path, names))
         keep = _faults(rows, table) == Fault.NONE
         if keys:
@@ -255,24 +280,28 @@ def _faults(rows: np.ndarray, table: np.ndarray | None) -> np.ndarray:
 
 
 def _not_excluded(location: str, rows: np.ndarray, keys: set[str], report: Report) -> np.ndarray:
-    source = open_bytes(location, patience_s=300)
-    try:
-        fits = np.array([key_at(source, start) not in keys for start in rows[:, 0].tolist()], dtype=bool)
-    finally:
-        source.close()
+    with closing(open_bytes(location, patience_s=300)) as source:
+        labels = [label_at(source, start) for start in rows[:, 0].tolist()]
+    fits = np.array([label not in keys for label in labels], dtype=bool)
+    report.unmatched += [(location, key) for key in sorted(keys.difference(labels))]
     report.filtered["on the list of excluded samples"] += int(np.count_nonzero(~fits))
     return fits
 
 
-def _load(path: Path) -> np.ndarray | None:
+def _place(location: str | Path) -> str:
+    return str(location) if is_remote(str(location)) else str(normalised(Path(location)))
+
+
+def _known_sums(path: Path) -> dict[str, str]:
+    """What a manifest that is about to be replaced says of its shards."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return rows if rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 3 else None
+        return {shard.location: shard.sha256 for shard in Manifest.load(path, complete=False).shards if shard.sha256}
+    except DataError:
+        return {}
 
 
-def _count(location: str, patience_s: float) -> int:
+def _count(location: str, patience_s: float) -> int | None:
+    """Samples of a shard, as img2dataset counted them; None where it did not."""
     stem = location.removesuffix(".tar")
     for name, count in ((f"{stem}_stats.json", _count_stats), (f"{stem}.parquet", _count_parquet)):
         try:
@@ -288,10 +317,7 @@ def _count(location: str, patience_s: float) -> int:
             ) from None
         finally:
             source.close()
-    raise DataError(
-        f"Beside {shown(location)} there is neither {file_name(stem)}_stats.json nor .parquet: index it without "
-        f"--trust-stats, which reads its headers."
-    )
+    return None
 
 
 def _count_stats(content: bytes) -> int:
@@ -299,22 +325,25 @@ def _count_stats(content: bytes) -> int:
 
 
 def _count_parquet(content: bytes) -> int:
-    from pyarrow import BufferReader, parquet  # an optional dependency
+    from pyarrow import BufferReader, parquet  # takes half a second
 
     status = parquet.read_table(BufferReader(content), columns=["status"]).column("status")
     return sum(value == "success" for value in status.to_pylist())
 
 
 def _nothing_usable(shards: Sequence[Shard], report: Report) -> DataError:
-    reasons = Counter(drop.reason for drop in report.faults) + report.filtered
+    reasons = Counter(fault.reason for fault in report.faults) + report.filtered
     why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5))
-    where = shown(shards[0].location) if shards else "none"
+    where, fixes = shown(shards[0].location) if shards else "none", []
     if report.faults:
-        where = f"{printable(report.faults[0].key)} in {shown(report.faults[0].shard)}"
-    fix = "let the filters keep more"
-    if not report.filtered:
-        extensions = ", ".join(IMAGE_EXTENSIONS)
-        fix = f"a sample needs an image ({extensions}) and a caption (.txt, or `caption` in .json) under one key"
+        first = report.faults[0]
+        where = f"{printable(first.key)} in {shown(first.shard)}" if first.key else shown(first.shard)
+        where += f": {first.detail}" if first.detail else ""
+        fixes = [fix for reason, _ in reasons.most_common() if (fix := fix_of(reason))]
+    fixes = list(dict.fromkeys(fixes)) or [NEEDED]
+    if report.filtered:
+        fixes = ["let the filters keep more"]
     return DataError(
-        f"No usable sample in {len(shards):,} shards ({why or 'they are empty'}; the first is {where}): {fix}."
+        f"No usable sample in {counted(len(shards), 'shard')} ({why or 'they are empty'}; the first is {where}): "
+        f"{'; '.join(fixes)}."
     )

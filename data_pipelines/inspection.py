@@ -15,11 +15,11 @@ from data_pipelines.augment import Box
 from data_pipelines.census import Census, take_census
 from data_pipelines.decode import decode_crop
 from data_pipelines.errors import SampleError
+from data_pipelines.problems import Problem
 from data_pipelines.randomness import Purpose, uniform
 from data_pipelines.sample import Sample, parse_sample
 from data_pipelines.sources import Source, by_source
 from data_pipelines.tar import TarError
-from data_pipelines.verify import Problem
 
 THUMBNAIL = 192  # pixels of the longer side
 CENSUS_SAMPLES = 20_000  # more hardly change what a histogram looks like

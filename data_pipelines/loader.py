@@ -14,7 +14,7 @@ from data_pipelines.assemble import Assembler, collate, draw_pair
 from data_pipelines.batch import BadSample, Batch
 from data_pipelines.columns import BatchSpec, Row, open_columns
 from data_pipelines.config import DataConfig, SourceConfig
-from data_pipelines.errors import DataError, SampleError
+from data_pipelines.errors import DataError, SampleError, named
 from data_pipelines.manifest import Manifest
 from data_pipelines.mixture import DataState, Segment, SourceIdentity, integer_shares
 from data_pipelines.order import Order
@@ -51,15 +51,8 @@ class TrainingData:
         dp_size: int = 1,
     ):
         config, seed = spec.config, spec.seed
-        share = dp_size * accumulation * config.grain
-        if global_batch < 1 or global_batch % share:
-            below = global_batch // share * share
-            nearest = f"{below:,} or {below + share:,}" if below else f"{share:,}"
-            raise DataError(
-                f"global_batch {global_batch:,} does not divide into whole grains: {dp_size} data-parallel ranks x "
-                f"accumulation {accumulation} x data.grain {config.grain} = {share:,} must divide it; "
-                f"use {nearest}, or a smaller data.grain."
-            )
+        if misfit := config.misfit(global_batch, accumulation, dp_size):
+            raise DataError(misfit)
         self._config = config
         self.tokenizer = spec.tokenizer
         self.sources = _open_sources(config, seed)
@@ -180,7 +173,8 @@ def _open_sources(config: DataConfig, seed: int) -> tuple[Source, ...]:
     given = {"train": SourceConfig(manifest=config.train)} if isinstance(config.train, Path) else config.train
     sources: list[Source] = []
     for name, source in sorted(given.items()):  # so that the order of lines in the YAML changes nothing
-        manifest = Manifest.load(source.manifest)
+        with named("data.train" if isinstance(config.train, Path) else f"data.train.{name}.manifest"):
+            manifest = Manifest.load(source.manifest)
         try:
             order = Order(
                 [shard.samples for shard in manifest.shards],

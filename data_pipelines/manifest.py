@@ -123,8 +123,8 @@ class Manifest:
         else:
             content["keep"] = self._keep_digest
             save_array(keep_path(self.path), self.kept_bits)
-        head = json.dumps(content)[:-1]
-        lines = ",\n".join(f"  {json.dumps(self._row(shard))}" for shard in self.shards)
+        head = json.dumps(content, allow_nan=False)[:-1]
+        lines = ",\n".join(f"  {json.dumps(self._row(shard), allow_nan=False)}" for shard in self.shards)
         text = f'{head}, "shards": [\n{lines}\n]}}\n'
         write_atomically(self.path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 

@@ -1,257 +1,217 @@
-"""Packs a folder or a table of images and captions into shards."""
+"""Packs pairs of images and captions into shards."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import json
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 
 from data_pipelines.decode import check_image
-from data_pipelines.errors import DataError, SampleError, cannot_open
-from data_pipelines.header import read_header
+from data_pipelines.errors import DataError, SampleError
+from data_pipelines.header import FORMATS, image_format, read_header
 from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest
-from data_pipelines.sample import IMAGE_EXTENSIONS, Sample
-from data_pipelines.shards import write_shard
-
-_Records = Iterator[dict[str, object] | SampleError]  # an error in the place of a row that is none
-
-
-@dataclass(frozen=True)
-class Row:
-    """One pair of the source, before anything is known of its image."""
-
-    number: int  # from 1, as the source counts
-    image: Path
-    caption: str
-    metadata: dict[str, object]
-    fault: str | None = None  # why the source has no pair here
+from data_pipelines.pairs import Pairs, Row
+from data_pipelines.sample import Sample, hash64
+from data_pipelines.shards import filled, write_shard
+from data_pipelines.tar import MAX_MEMBER_BYTES
+from data_pipelines.text import counted, cut, to_json
 
 
 @dataclass
 class Packed:
     """What came of a source."""
 
-    manifest: Manifest
-    good: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)  # rows by reason
+    manifests: list[Manifest] = field(default_factory=list)  # of training, and of what is held out
+    rejected: Counter[str] = field(default_factory=Counter)  # rows by kind of reason
+    first: str = ""  # of these rows
 
 
 def pack(
-    source: Path,
+    pairs: Pairs,
     folder: Path,
     *,
-    image_column: str,
-    caption_column: str,
     samples_per_shard: int,
+    heldout: int = 0,
+    label_column: str = "",
     on_row: Callable[[], None] = lambda: None,
 ) -> Packed:
-    """Writes the shards of a source, their manifest and `rejected.jsonl`.
+    """Writes the shards of a source, their manifest with checksums, and `rejected.jsonl`.
 
     Image bytes go in as they are, once they have been decoded to see that they can be. The other columns go into
     each sample's json.
 
     Args:
-        source: A folder of images each with a .txt of the same name, or a .csv, .tsv, .jsonl or .parquet of paths,
-            absolute or relative to the table, and captions.
-        folder: New or empty.
-        image_column: Of a table.
-        caption_column: Of a table.
+        pairs: From `read_pairs`.
+        folder: New or empty. With `heldout` it gets two folders, train and heldout.
         samples_per_shard: The last shard may have fewer.
+        heldout: Samples to set apart, those whose images have the least hashes: no image is on both sides.
+        label_column: Its values become the classes of heldout/prompts.json.
         on_row: Called as each row is done.
 
     Raises:
         DataError: The source cannot be read, the folder is not empty, or no row is good. A bad row is none: it is
             listed.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty: name a new folder, or empty this one.")
-    rows = iter_rows(source, image_column, caption_column)
-    folder.mkdir(parents=True, exist_ok=True)
-    rejected: Counter[str] = Counter()
-    shards: list[Path] = []
-    good = 0
-    # A lone surrogate in a path is written as JSON escapes it.
-    listing = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
-    with listing as report, ThreadPoolExecutor() as pool:
-
-        def samples() -> Iterator[dict[str, bytes | str]]:
-            # Threads, since decoding releases the interpreter; in chunks, so that memory stays small.
-            while chunk := list(islice(rows, 256)):
-                for row, outcome in zip(chunk, pool.map(_sample, chunk), strict=True):
-                    on_row()
-                    if isinstance(outcome, dict):
-                        yield outcome
-                        continue
-                    kind, detail = outcome
-                    rejected[kind] += 1
-                    line = {"row": row.number, "image": "" if row.fault else str(row.image), "reason": detail}
-                    report.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-        stream = samples()
-        while batch := list(islice(stream, samples_per_shard)):
-            shards.append(folder / f"{len(shards):05d}.tar")
-            write_shard(shards[-1], batch)
-            good += len(batch)
-    if not shards:
-        reasons = ", ".join(f"{count} x {kind}" for kind, count in rejected.most_common()) or "it has no rows"
-        raise DataError(f"Nothing in {source} could be packed ({reasons}): see {folder / 'rejected.jsonl'}.")
-    manifest, _ = build_manifest(shards, folder / "manifest.json")
-    manifest.save()
-    return Packed(manifest, good, rejected)
+    label = pairs.fields.get(label_column, "")
+    if label_column and not label:
+        names = cut(", ".join(map(repr, pairs.fields))) or "none"
+        raise DataError(f"{pairs.source} has no label column {label_column!r}; its other columns are {names}.")
+    packed, kept, labels = Packed(), list[Sample](), set[str]()
+    with filled(folder) as place:
+        samples = _good_samples(pairs, place / "rejected.jsonl", packed, on_row)
+        if label:
+            samples = _noting_labels(samples, label, labels)
+        splits = {"": samples}
+        if heldout:
+            splits = {"train": _without_least(samples, heldout, kept), "heldout": kept}
+        for name, split in splits.items():
+            shards = _write_shards(place / name, iter(split), samples_per_shard)
+            if not shards:
+                raise _too_few(pairs.source, packed, len(kept))
+            manifest, _ = build_manifest(shards, place / name / "manifest.json", checksums=True)
+            manifest.save()
+            packed.manifests.append(manifest)
+        if label:
+            classes = {name: [f"a photo of a {name}"] for name in sorted(labels)}
+            prompts = to_json({"field": label, "classes": classes}, indent=2)
+            (place / "heldout" / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
+    return packed
 
 
-def iter_rows(source: Path, image_column: str, caption_column: str) -> Iterator[Row]:
-    """The pairs of a folder or a table, in its order.
-
-    Raises:
-        DataError: There is no such source, it is of no known kind or cannot be read, or a column is missing.
-    """
-    readers = {".csv": _csv_records, ".tsv": _csv_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
-    if source.is_dir():
-        return _folder_rows(source)
-    if not source.is_file() or source.suffix.lower() not in readers:
-        raise DataError(
-            f"{source} is no folder of images and no {', '.join(readers)} file: give one of these as the source."
-        )
-    if source.suffix.lower() != ".parquet":
-        _check_text(source)
-    columns, records = readers[source.suffix.lower()](source)
-    if not columns:
-        raise DataError(f"{source} is empty: give a table whose first line names its columns.")
-    for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
-        if name not in columns:
-            nearest = difflib.get_close_matches(name, columns, n=1, cutoff=0)
-            others = (
-                f"only {', '.join(map(repr, columns))}; the nearest is {nearest[0]!r}" if nearest else "nor any other"
-            )
-            raise DataError(f"{source} has no column {name!r}, {others}: name it with {option}.")
-    return _table_rows(source.parent, records, image_column, caption_column)
-
-
-def _check_text(source: Path) -> None:
-    # Before the first shard is written, since a table is small beside its images.
-    try:
-        with source.open(encoding="utf-8") as file:
-            for _ in file:
-                pass
-    except UnicodeDecodeError:
-        raise DataError(f"{source} is not UTF-8: convert it, as with `iconv -f WINDOWS-1252 -t UTF-8`.") from None
-    except OSError as error:
-        raise cannot_open(str(source), error) from None
-
-
-def _table_rows(folder: Path, records: _Records, image_column: str, caption_column: str) -> Iterator[Row]:
-    for number, record in enumerate(records, 1):
-        if isinstance(record, SampleError):
-            yield Row(number, folder, "", {}, str(record))
-            continue
-        image = str(record.pop(image_column, None) or "")
-        caption = record.pop(caption_column, None)
-        yield Row(number, folder / image, caption if isinstance(caption, str) else "", record)
-
-
-def _folder_rows(folder: Path) -> Iterator[Row]:
-    extensions = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
-    for number, image in enumerate(images, 1):
-        text = image.with_suffix(".txt")
-        caption, fault = "", None
-        try:
-            caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
-        except OSError as error:
-            fault = f"{text} cannot be read: {error.strerror}"
-        yield Row(number, image, caption, {"file": image.relative_to(folder).as_posix()}, fault)
-
-
-def _csv_records(path: Path) -> tuple[list[str], _Records]:
-    def records() -> _Records:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            while True:
-                try:
-                    record = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield SampleError(f"line {reader.reader.line_num} cannot be read: {error}")
+def _good_samples(pairs: Pairs, listing: Path, packed: Packed, on_row: Callable[[], None]) -> Iterator[Sample]:
+    rows = pairs.rows()
+    with listing.open("w", encoding="utf-8") as report, ThreadPoolExecutor() as pool:
+        # Threads, since decoding releases the interpreter; in chunks, so that memory stays small.
+        while chunk := list(islice(rows, 256)):
+            for row, outcome in zip(chunk, pool.map(_sample, chunk), strict=True):
+                on_row()
+                if isinstance(outcome, Sample):
+                    yield outcome
                     continue
-                yield {name: value for name, value in record.items() if name is not None}
-
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file, delimiter=delimiter), [])
-    return columns, records()
-
-
-def _jsonl_records(path: Path) -> tuple[list[str], _Records]:
-    def records() -> _Records:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    record = None
-                yield record if isinstance(record, dict) else SampleError(f"line {number} is not a JSON object")
-
-    first = next((record for record in records() if isinstance(record, dict)), None)
-    if first is None:
-        raise DataError(f"No line of {path} is a JSON object: give one object of columns a line.")
-    return list(first), records()
+                kind, reason = outcome
+                packed.rejected[kind] += 1
+                packed.first = packed.first or f"row {row.number}, {reason}"
+                image = cut(str(row.image)) if isinstance(row.image, Path) else ""
+                report.write(to_json({"row": row.number, "image": image, "reason": reason}) + "\n")
 
 
-def _parquet_records(path: Path) -> tuple[list[str], _Records]:
+def _sample(row: Row) -> Sample | tuple[str, str]:
+    """What goes into a shard, or why nothing does: (kind, reason)."""
+    kind = "bad row"
     try:
-        from pyarrow import ArrowException, parquet  # an optional dependency
-    except ImportError:
-        raise DataError(f"Reading {path} needs pyarrow: `pip install pyarrow`.") from None
-    broken = (ArrowException, OSError, ValueError)
-    sentence = f"{path} cannot be read as parquet (%s): write it again, or give the table as .csv or .jsonl."
-
-    def records() -> _Records:
-        try:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-        except broken as error:
-            raise DataError(sentence % type(error).__name__) from None
-
-    try:
-        file = parquet.ParquetFile(path)
-    except broken as error:
-        raise DataError(sentence % type(error).__name__) from None
-    return file.schema_arrow.names, records()
-
-
-def _sample(row: Row) -> dict[str, bytes | str] | tuple[str, str]:
-    """The row's members by extension, or why it is rejected: (kind, detail)."""
-    if row.fault:
-        return "bad row", row.fault
-    try:
-        data = row.image.read_bytes()
-    except OSError as error:
-        return "missing image", f"image cannot be read: {error.strerror}"
-    except ValueError:
-        return "missing image", "image cannot be read: its path holds a null byte or half a character"
-    try:
-        text = Sample("", "", {"txt": row.caption.encode()}).caption()
+        if row.fault:
+            raise SampleError(row.fault)
+        kind = "missing image"
+        data = row.image if isinstance(row.image, bytes) else _read(row.image, "image")
+        kind = "bad image"
+        if (found := image_format(data)) and found not in FORMATS:
+            kind = "format that is not supported"
+        extension = read_header(data).extension
+        kind = "bad caption"
+        text, several = _caption(row.caption)
+        kind = "bad metadata"
+        members = {extension: data, "txt": text, "json": _json(row.metadata | several)}
+        sample = Sample("", f"{row.number:09d}", members)
+        sample.metadata()
+        kind = "bad caption"
+        sample.captions()
+        kind = "bad image"
         check_image(data)
+        return sample
     except SampleError as error:
-        kind = "bad caption" if str(error).startswith("caption") else "bad image"
         return kind, str(error)
-    except UnicodeEncodeError:
-        return "bad caption", "caption holds half a character, a lone surrogate"
+
+
+def _caption(found: object) -> tuple[bytes, dict[str, object]]:
+    """A sample's .txt, and what goes into its json."""
+    if found is None:
+        raise SampleError("caption is missing")
+    if isinstance(found, Path):
+        return _read(found, "caption"), {}
+    if isinstance(found, bytes):
+        return found, {}
+    texts = found if isinstance(found, list) else [found]
+    if strangers := sorted({type(text).__name__ for text in texts if not isinstance(text, str)}):
+        raise SampleError(f"caption is not text but {'a list of ' * (texts is found)}{', '.join(strangers)}")
     try:
-        metadata = json.dumps(row.metadata, ensure_ascii=False, default=str).encode()
+        encoded = [str(text).encode() for text in texts if str(text).strip()]
     except UnicodeEncodeError:
-        return "bad metadata", "metadata holds half a character, a lone surrogate"
-    except (TypeError, ValueError, RecursionError) as error:
-        return "bad metadata", f"metadata cannot be written as JSON ({type(error).__name__})"
-    return {"__key__": f"{row.number:09d}", read_header(data).extension: data, "txt": text.encode(), "json": metadata}
+        raise SampleError("caption holds half a character, a lone surrogate") from None
+    return encoded[0] if encoded else b"", {"captions": texts} if len(encoded) > 1 else {}
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        told = path.stat()
+        if not stat.S_ISREG(told.st_mode):  # a pipe would be waited for
+            raise SampleError(f"{what} cannot be read: it is no file")
+        if told.st_size > MAX_MEMBER_BYTES:
+            raise SampleError(f"{what} of {told.st_size:,} bytes is larger than {MAX_MEMBER_BYTES:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"{what} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise SampleError(f"{what} cannot be read: its path holds a null byte or half a character") from None
+
+
+def _json(metadata: dict[str, object]) -> bytes:
+    try:
+        return to_json(metadata).encode()
+    except (RecursionError, TypeError) as error:
+        raise SampleError(f"metadata cannot be written as JSON ({type(error).__name__})") from None
+
+
+def _noting_labels(samples: Iterator[Sample], label: str, labels: set[str]) -> Iterator[Sample]:
+    for sample in samples:
+        if (value := sample.metadata().get(label)) is not None:
+            labels.add(str(value))  # as evaluation compares them
+        yield sample
+
+
+def _without_least(samples: Iterator[Sample], count: int, kept: list[Sample]) -> Iterator[Sample]:
+    """All but the `count` samples whose images have the least hashes, which end in `kept`.
+
+    Equal images stay together: where their number would be passed, none of them is kept.
+    """
+    heap: list[tuple[int, str, Sample]] = []  # the greatest hash first
+    bound = 1 << 64
+    for sample in samples:
+        hashed = int(hash64(sample.image))
+        if hashed >= bound:
+            yield sample
+            continue
+        heappush(heap, (-hashed, sample.key, sample))
+        if len(heap) > count:
+            bound = -heap[0][0]
+            while heap and heap[0][0] == -bound:
+                yield heappop(heap)[2]
+    kept += sorted((sample for *_, sample in heap), key=lambda sample: sample.key)
+
+
+def _write_shards(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    shards: list[Path] = []
+    while batch := list(islice(samples, samples_per_shard)):
+        shards.append(folder / f"{len(shards):05d}.tar")
+        write_shard(shards[-1], map(_members, batch))
+    return shards
+
+
+def _members(sample: Sample) -> dict[str, bytes | str]:
+    return {"__key__": sample.key, **sample.members, "txt": sample.captions()[0].encode()}
+
+
+def _too_few(source: Path, packed: Packed, kept: int) -> DataError:
+    if kept:
+        return DataError(f"{source} has {counted(kept, 'good sample')}, too few to train on others: hold out fewer.")
+    if packed.manifests:  # of training
+        return DataError(f"{source} repeats one image more often than samples are held out: hold out more.")
+    reasons = ", ".join(f"{count:,} x {kind}" for kind, count in packed.rejected.most_common())
+    first = f"; the first is {packed.first}" if reasons else ""
+    return DataError(f"Nothing in {source} could be packed ({reasons or 'it has no rows'}{first}): mend the rows.")

@@ -79,7 +79,9 @@ def _interrupts_noted() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as it is in a shell's background job, and then stays
+        signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
         yield check
     finally:

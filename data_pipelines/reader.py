@@ -61,8 +61,9 @@ class ShardReader:
         opened = self._opened(shard)
         location = self._manifest.shards[shard].location
         start, stop, fault = opened.rows[index].tolist()
-        if fault == Fault.DAMAGED:
-            raise SampleError(Fault.DAMAGED.reason)
+        fault = Fault(fault)
+        if fault.is_of_shard:
+            raise SampleError(fault.reason, f"byte {start:,}")
         data = opened.source.read(start, stop - start)
         if len(data) < stop - start:
             raise DataError(
@@ -70,14 +71,14 @@ class ShardReader:
             )
         try:
             sample = parse_sample(location, data)
-            if fault == Fault.REPEATED_KEY:  # which the sample alone does not show
-                raise SampleError(Fault.REPEATED_KEY.reason, sample.key)
+            if fault:  # which the sample alone does not show
+                raise SampleError(fault.reason, sample.key)
             return sample
         except TarError as error:
             reason = f"{error} of it"
         except SampleError as error:
             if fault:
-                raise
+                raise SampleError(fault.reason, error.key) from None
             reason = f"{printable(error.key)}: {error}"  # which the index would know
         raise DataError(f"Shard {shown(location)} from byte {start:,} holds no sample ({reason}): {_REINDEX}")
 
@@ -132,7 +133,8 @@ class ShardReader:
             return open_bytes(entry.location, patience_s=self._patience_s)
         if self._cache:
             return self._cache.open(entry.location, entry.bytes, entry.version, entry.sha256)
-        return open_bytes(entry.location, patience_s=self._patience_s, size=entry.bytes, version=entry.version)
+        known = {"size": entry.bytes, "version": entry.version, "sha256": entry.sha256}
+        return open_bytes(entry.location, patience_s=self._patience_s, **known)
 
     def _rows(self, shard: int, source: ByteSource) -> np.ndarray:
         entry, path = self._manifest.shards[shard], self._manifest.index_path(shard)

@@ -19,6 +19,7 @@ from data_pipelines.shards import write_shard
 from data_pipelines.sources import WHOLE, Part, Source, by_source
 from data_pipelines.storage import shown
 from data_pipelines.tar import TarError, iter_members, iter_samples
+from data_pipelines.text import to_json
 
 _RECORD = "reshard.json"
 
@@ -71,7 +72,7 @@ class Resharding:
                 f"{ours}): go on with those, or name a new folder."
             )
         if theirs is None:
-            write_atomically(record, lambda tmp: tmp.write_text(json.dumps(ours) + "\n"))
+            write_atomically(record, lambda tmp: tmp.write_text(to_json(ours) + "\n"))
 
     def write(
         self, *, part: Part = WHOLE, processes: int | None = None, on_shard: Callable[[], None] = lambda: None
@@ -89,7 +90,7 @@ class Resharding:
         Raises:
             DataError: A shard cannot be read or written.
         """
-        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes a sample while it is made
+        order = permutation(self.seed, Purpose.RESHARD, size=self.samples)  # 20 bytes per sample while it is made
         missing: list[tuple[int, np.ndarray]] = []
         for shard in part.of(range(self.num_shards)):
             if self.path(shard).exists():
@@ -128,9 +129,8 @@ class Resharding:
         for source in self.sources:
             entry = source.entry
             assert entry is not None
-            digest.update(
-                f"{source.location}\0{entry.bytes}\0{entry.indexed}\0{entry.samples}\n".encode(errors="surrogateescape")
-            )
+            known = (source.location, entry.bytes, entry.indexed, entry.samples, entry.version, entry.sha256)
+            digest.update(("\0".join(map(str, known)) + "\n").encode(errors="surrogateescape"))
             digest.update(b"" if source.bits is None else source.bits.tobytes())
         return digest.hexdigest()
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.errors import SampleError
 from data_pipelines.tar import Member, TarError, TarSample, iter_members, iter_samples
+from data_pipelines.text import decode_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CAPTION_BYTES = 64 * 1024
@@ -31,11 +32,22 @@ class Fault(IntEnum):
     REPEATED_KEY = 7
     DAMAGED = 8
     BAD_CAPTION = 9
+    SCATTERED = 10
+    DOTTED_KEY = 11
+    LINK = 12
+    SPARSE = 13
+    NO_TAR = 14
+    TRAILING = 15
 
     @property
     def reason(self) -> str:
         """In words."""
         return _REASONS[self]
+
+    @property
+    def is_of_shard(self) -> bool:
+        """Whether it says that the shard is not whole, and no more of any one sample."""
+        return self in (Fault.DAMAGED, Fault.NO_TAR, Fault.TRAILING)
 
 
 _REASONS = {
@@ -49,7 +61,34 @@ _REASONS = {
     Fault.REPEATED_KEY: "its key came before in the shard",
     Fault.DAMAGED: "the shard is damaged or cut short here",
     Fault.BAD_CAPTION: "unreadable caption",
+    Fault.SCATTERED: "its members do not lie together",
+    Fault.DOTTED_KEY: "a dot in its key",
+    Fault.LINK: "a link in the place of a file",
+    Fault.SPARSE: "a sparse member",
+    Fault.NO_TAR: "the file is no tar",
+    Fault.TRAILING: "bytes that are no tar follow the end of the archive",
 }
+NEEDED = (
+    f"a sample needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt, or `caption` in .json) under one key"
+)
+_FIXES = {
+    Fault.BAD_JSON: "the .json of a sample must be a JSON object",
+    Fault.REPEATED_MEMBER: "a sample has one member of each kind: leave one of them out",
+    Fault.REPEATED_KEY: "each sample of a shard needs a key of its own",
+    Fault.DAMAGED: "fetch or make the shard again",
+    Fault.BAD_CAPTION: "captions are UTF-8",
+    Fault.SCATTERED: "members of a sample must be neighbours: make the shard again with `tar --sort=name`",
+    Fault.DOTTED_KEY: "a key ends at the first dot of the file's name: rename the files, as in `a_2.jpg` for `a.2.jpg`",
+    Fault.LINK: "`tar --dereference --hard-dereference` stores the bytes of every file",
+    Fault.SPARSE: "make the shard again by `tar` without --sparse",
+    Fault.NO_TAR: "name shards that are tars",
+    Fault.TRAILING: "fetch or make the shard again",
+}
+
+
+def fix_of(reason: str) -> str:
+    """What helps against a fault; "" for what is none, or where there is nothing to say."""
+    return next((_FIXES.get(fault, NEEDED) for fault in Fault if fault and fault.reason == reason), "")
 
 
 @dataclass(frozen=True)
@@ -76,23 +115,12 @@ class Sample:
         return self.members.get("json")
 
     def captions(self) -> tuple[str, ...]:
-        """What may be said of the image: the list `captions` of .json, else .txt, else `caption` of .json.
-
-        Without white space around them; empty ones of a list are passed over.
+        """What may be said of the image, as `read_captions` decides.
 
         Raises:
-            SampleError: There is none, or one is too long or not UTF-8.
+            ContentError: Nothing, or nothing that can be read.
         """
-        several = self.metadata().get("captions") if self.json and b'"captions"' in self.json else None
-        if isinstance(several, list):
-            texts = [self._clean(text) for text in several if isinstance(text, str)]
-        else:
-            texts = [self._clean(self.text or b"")]
-            if not any(texts) and isinstance(caption := self.metadata().get("caption"), str):
-                texts = [self._clean(caption)]
-        if not any(texts):
-            raise SampleError("caption is empty")
-        return tuple(text for text in texts if text)
+        return read_captions(self.text, self.json)
 
     def caption(self) -> str:
         """The first of `captions`."""
@@ -102,22 +130,52 @@ class Sample:
         """The fields of .json, none where there is no such member.
 
         Raises:
-            SampleError: It is not a JSON object.
+            ContentError: It is not a JSON object.
         """
-        content = {} if self.json is None else _parse_json(self.json)
-        if content is None:
-            raise SampleError("json is not an object")
-        return content
+        return {} if self.json is None else _parse_json(self.json)
 
-    @staticmethod
-    def _clean(text: str | bytes) -> str:
-        raw = text.encode(errors="replace") if isinstance(text, str) else text
-        if len(raw) > MAX_CAPTION_BYTES:
-            raise SampleError(f"caption of {len(raw):,} bytes is longer than {MAX_CAPTION_BYTES:,}")
-        try:
-            return raw.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise SampleError("caption is not UTF-8") from None
+
+class ContentError(SampleError):
+    """What a member of a sample says cannot be used."""
+
+    def __init__(self, fault: Fault, reason: str):
+        super().__init__(reason)
+        self.fault = fault
+
+
+def read_captions(text: bytes | None, metadata: bytes | None) -> tuple[str, ...]:
+    """The captions of a sample: the texts of the list `captions` of .json, or else .txt, or else `caption` of .json.
+
+    Scans, tools and training all ask here. White space around a caption does not count, and an empty one is none.
+
+    Raises:
+        ContentError: There is none, or one is too long or no text.
+    """
+    if metadata and b'"captions"' in metadata:
+        several = _parse_json(metadata).get("captions")
+        texts = [_clean(one) for one in several if isinstance(one, str)] if isinstance(several, list) else []
+        if any(texts):
+            return tuple(one for one in texts if one)
+    if text and (caption := _clean(text)):
+        return (caption,)
+    one = None if metadata is None else _parse_json(metadata).get("caption")
+    if isinstance(one, str) and (caption := _clean(one)):
+        return (caption,)
+    raise ContentError(Fault.NO_CAPTION if text is None else Fault.EMPTY_CAPTION, "caption is empty")
+
+
+def _clean(text: str | bytes) -> str:
+    raw = text.encode(errors="replace") if isinstance(text, str) else text
+    if len(raw) > MAX_CAPTION_BYTES:
+        reason = f"caption of {len(raw):,} bytes is longer than {MAX_CAPTION_BYTES:,}"
+        raise ContentError(Fault.BAD_CAPTION, reason)
+    try:
+        caption = decode_text(raw).strip()
+    except UnicodeDecodeError:
+        raise ContentError(Fault.BAD_CAPTION, "caption is not UTF-8") from None
+    if "\0" in caption:
+        raise ContentError(Fault.BAD_CAPTION, "caption is not UTF-8 text: it holds null bytes, as UTF-16 does")
+    return caption
 
 
 def parse_sample(shard: str, data: bytes) -> Sample:
@@ -162,38 +220,38 @@ def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
     """What the headers alone, or the json of a sample without .txt, say against it."""
     if sample.repeated:
         return Fault.REPEATED_MEMBER
+    if sample.has_sparse:
+        return Fault.SPARSE
     image = image_member(sample)
     if image is None:
-        return Fault.NO_IMAGE
+        return _missing(sample, Fault.NO_IMAGE, IMAGE_EXTENSIONS)
     if not image.size:
         return Fault.EMPTY_IMAGE
-    if text := sample.members.get("txt"):
-        return Fault.NONE if text.size or _has_captions(sample, read) else Fault.EMPTY_CAPTION
-    if "json" not in sample.members:
-        return Fault.NO_CAPTION
-    return Fault.NONE if _has_captions(sample, read) else _fault_of_json(sample, read)
+    text, metadata = sample.members.get("txt"), sample.members.get("json")
+    if text and text.size:
+        return Fault.NONE
+    if not (text or metadata):
+        return _missing(sample, Fault.NO_CAPTION, ("txt", "json"))
+    try:
+        read_captions(text and read(text.start, text.size), metadata and read(metadata.start, metadata.size))
+    except ContentError as error:
+        return error.fault
+    return Fault.NONE
 
 
-def _has_captions(sample: TarSample, read: Callable[[int, int], bytes]) -> bool:
-    member = sample.members.get("json")
-    content = _parse_json(read(member.start, member.size)) if member else None
-    if content is None:
-        return False
-    several = content.get("captions")
-    texts = several if isinstance(several, list) else [content.get("caption")]
-    return any(isinstance(text, str) and text.strip() for text in texts)
+def _missing(sample: TarSample, fault: Fault, extensions: tuple[str, ...]) -> Fault:
+    if any(name.endswith(tuple(f".{extension}" for extension in extensions)) for name in sample.members):
+        return Fault.DOTTED_KEY
+    return Fault.LINK if sample.has_link else fault
 
 
-def _fault_of_json(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
-    member = sample.members["json"]
-    return Fault.BAD_JSON if _parse_json(read(member.start, member.size)) is None else Fault.NO_CAPTION
-
-
-def _parse_json(raw: bytes) -> dict[str, object] | None:
+def _parse_json(raw: bytes) -> dict[str, object]:
     if len(raw) > MAX_JSON_BYTES:
-        return None
+        raise ContentError(Fault.BAD_JSON, f"json of {len(raw):,} bytes is longer than {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = None
+    if not isinstance(content, dict):
+        raise ContentError(Fault.BAD_JSON, "json is not an object")
+    return content

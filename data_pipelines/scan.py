@@ -13,7 +13,17 @@ from data_pipelines.errors import SampleError
 from data_pipelines.header import size_of
 from data_pipelines.sample import Fault, Sample, fault_of, hash64, normalised_caption, parse_sample
 from data_pipelines.storage import ByteSource
-from data_pipelines.tar import TarError, iter_members, iter_samples, split_name
+from data_pipelines.tar import (
+    Member,
+    NoTarError,
+    TarError,
+    TrailingBytesError,
+    iter_members,
+    iter_samples,
+    printable,
+    split_name,
+)
+from data_pipelines.text import number_of
 
 READ_AHEAD = 8 << 20  # bytes of a remote shard that one request brings
 
@@ -27,7 +37,7 @@ FEATURES = np.dtype(
         ("image_hash", "<u8"),
         ("caption_hash", "<u8"),  # after lower-casing and joining white space
         ("uid", "<u8", (2,)),  # DataComp's, from 32 hexadecimal digits
-        ("score", "<f8"),  # NaN where the field is missing
+        ("score", "<f8"),  # NaN where the field is missing or no number
         ("language", "S16"),  # empty where the field is missing
     ]
 )
@@ -65,31 +75,61 @@ class ReadAhead:
 def scan(source: ByteSource) -> np.ndarray:
     """(n, 3) int64: start, stop and Fault of every sample of a tar, in their order.
 
-    Never fails on what the bytes are: whatever follows the last whole sample of a damaged tar is one row, DAMAGED.
+    Never fails on what the bytes are: whatever follows the last whole sample of a damaged tar is one row.
     """
     rows: list[tuple[int, int, int]] = []
-    keys: set[str] = set()
+    known: dict[str, tuple[int, dict[str, Member]]] = {}  # by key: its first row, and all its members
     try:
         for sample in iter_samples(iter_members(source.read, source.size, whole=True)):
-            fault = Fault.REPEATED_KEY if sample.key in keys else fault_of(sample, source.read)
-            keys.add(sample.key)
+            fault = fault_of(sample, source.read)
+            if sample.key in known:
+                first, members = known[sample.key]
+                fault = _fault_of_another(rows, first, fault, members.keys().isdisjoint(sample.members))
+                members.update(sample.members)
+            else:
+                known[sample.key] = len(rows), sample.members
             rows.append((sample.start, sample.stop, fault))
-    except TarError:
+    except TarError as error:
         start = rows[-1][1] if rows else 0
-        rows.append((start, max(source.size, start), Fault.DAMAGED))
+        fault = {NoTarError: Fault.NO_TAR, TrailingBytesError: Fault.TRAILING}.get(type(error), Fault.DAMAGED)
+        rows.append((start, max(source.size, start), fault))
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
-def key_at(source: ByteSource, start: int) -> str:
-    """The key of the sample that begins at a byte, for reports; empty in damage."""
+def _fault_of_another(rows: list[tuple[int, int, int]], first: int, fault: Fault, others: bool) -> Fault:
+    """The fault of a sample whose key came before; where each has what the other lacks, of both."""
+    incomplete = (Fault.NO_IMAGE, Fault.NO_CAPTION, Fault.SCATTERED)
+    if not others or (fault not in incomplete and rows[first][2] not in incomplete):
+        return Fault.REPEATED_KEY
+    if rows[first][2] in incomplete:
+        rows[first] = (*rows[first][:2], Fault.SCATTERED)
+    return Fault.SCATTERED
 
-    def read(offset: int, size: int) -> bytes:
-        return source.read(start + offset, size)
 
+def label_at(source: ByteSource, start: int) -> str:
+    """The key of the sample that begins at a byte, or the byte where no key can be read there."""
     try:
-        return split_name(next(iter_members(read, source.size - start, whole=False)).name)[0]
+        key = split_name(next(iter_members(source.read, source.size, whole=False, start=start)).name)[0]
     except (TarError, StopIteration):
+        key = ""
+    return key or f"byte {start:,}"
+
+
+def detail_of(source: ByteSource, start: int, stop: int, fault: Fault) -> str:
+    """What else is known of a fault that a scan found in a row: where it lies, and the bytes that are lost."""
+    if fault != Fault.SPARSE and not fault.is_of_shard:
         return ""
+    try:
+        for member in iter_members(source.read, source.size, whole=True, start=start):
+            if fault == Fault.SPARSE and member.is_sparse:
+                return f"{printable(member.name)} is a sparse member at byte {member.header}"
+    except NoTarError as error:
+        return str(error)
+    except TrailingBytesError as error:
+        return f"{stop - error.offset:,} bytes from byte {error.offset:,} on"
+    except TarError as error:
+        return f"{error}; {stop - start:,} bytes from byte {start:,} on are lost"
+    return ""
 
 
 def features(source: ByteSource, rows: np.ndarray, names: FeatureFields) -> np.ndarray:
@@ -116,7 +156,6 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
     except SampleError:
         metadata = {}
     height, width = size_of(sample.image)
-    score = metadata.get(names.score)
     uid = metadata.get("uid")
     return (
         width,
@@ -125,16 +164,9 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
         hash64(sample.image),
         hash64(normalised_caption(caption)),
         _uid(uid) if isinstance(uid, str) else (0, 0),
-        _score(score) if isinstance(score, int | float) else np.nan,
+        number_of(metadata.get(names.score)),
         str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can spell half a letter
     )
-
-
-def _score(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an integer of hundreds of digits
-        return np.nan
 
 
 def _uid(text: str) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from data_pipelines.index import build_manifest
 from data_pipelines.manifest import Manifest, Shard, check_size, rows_kept
 from data_pipelines.reader import fits
 from data_pipelines.scan import ReadAhead, scan
+from data_pipelines.seal import Seal
 from data_pipelines.storage import ByteSource, expand, is_remote, open_bytes, shown
+from data_pipelines.text import counted
 
 PATIENCE_S = 300.0  # of a remote read
 
@@ -46,11 +48,12 @@ class Source:
         else:
             if not is_remote(self.location):
                 check_size(entry)
-            source = open_bytes(self.location, patience_s=PATIENCE_S, size=entry.bytes, version=entry.version)
+            known = {"size": entry.bytes, "version": entry.version, "sha256": entry.sha256}
+            source = open_bytes(self.location, patience_s=PATIENCE_S, **known)
         return ReadAhead(source, ahead and is_remote(self.location))
 
-    def indexed(self) -> np.ndarray | None:
-        """(n, 3) int64: start, stop and Fault of all its samples from the index; None where that is not there."""
+    def stored(self) -> np.ndarray | None:
+        """(n, 3) int64: start, stop and Fault of all its samples as the index has them; None where it has none."""
         if self.entry is None or self.index is None:
             return None
         try:
@@ -60,19 +63,27 @@ class Source:
         return rows if fits(rows, self.entry) else None
 
     def rows(self, source: ByteSource) -> np.ndarray:
-        """The same, from a scan if need be.
+        """The same of the shard as it is, from a scan where the index is not known to be of this very file.
 
         Raises:
-            DataError: The shard does not hold as many samples as its manifest says.
+            DataError: The shard does not hold the samples that its manifest says.
         """
-        rows = self.indexed()
-        if rows is None:
-            rows = scan(ReadAhead(source, is_remote(self.location)))
-            if self.entry is not None and len(rows) != self.entry.indexed:
-                raise DataError(
-                    f"Shard {shown(self.location)} holds {len(rows):,} samples but the manifest counts "
-                    f"{self.entry.indexed:,}: it has changed; run `python -m data_pipelines index` again."
-                )
+        entry, stored = self.entry, self.stored()
+        if entry is not None and self.index is not None and stored is not None:
+            seal = Seal.of(self.index, self.location, entry.version)
+            if seal.load(self.index) is not None:
+                return stored
+        rows = scan(ReadAhead(source, is_remote(self.location)))
+        if entry is not None and len(rows) != entry.indexed:
+            raise DataError(
+                f"Shard {shown(self.location)} holds {counted(len(rows), 'sample')} but the manifest counts "
+                f"{entry.indexed:,}: it has changed; run `python -m data_pipelines index` again."
+            )
+        if stored is not None and not np.array_equal(stored, rows):
+            raise DataError(
+                f"Shard {shown(self.location)} holds other samples than when it was indexed: it has changed; run "
+                f"`python -m data_pipelines index` again."
+            )
         return rows
 
     def kept(self, indexed: int) -> np.ndarray:

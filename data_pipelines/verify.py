@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_pipelines.decode import check_image
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.index import sha256_of
-from data_pipelines.manifest import write_atomically
 from data_pipelines.parallel import each_done
+from data_pipelines.problems import CHANGED, MISSING, WRONG_COUNT, WRONG_INDEX, WRONG_SUM, Problem
 from data_pipelines.sample import Fault, parse_sample
-from data_pipelines.scan import key_at, scan
-from data_pipelines.sources import Source
-from data_pipelines.storage import ByteSource
+from data_pipelines.scan import ReadAhead, label_at, scan
+from data_pipelines.sources import PATIENCE_S, Source
+from data_pipelines.storage import ByteSource, is_remote, open_bytes, sha256_of
 from data_pipelines.tar import TarError
-
-MISSING = "the shard cannot be read"
-CHANGED = "the shard has changed since it was indexed"
-WRONG_SUM = "the SHA-256 of the shard is not the manifest's"
-WRONG_COUNT = "the shard holds more or fewer samples than the manifest says"
-WRONG_INDEX = "the index does not fit the shard"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a sample, or with a whole shard."""
-
-    shard: str
-    key: str  # empty for the shard
-    reason: str
-    detail: str = ""
 
 
 @dataclass
@@ -44,6 +26,8 @@ class Verdict:
     shards: int = 0
     samples: int = 0
     bytes: int = 0
+    left_out: int = 0  # samples that the manifest does not keep, which are not read
+    without_sum: int = 0  # shards that no checksum is known of
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -52,8 +36,8 @@ def verify(
 ) -> Verdict:
     """Checks sizes and checksums where the manifest has them, the index, every image and every caption.
 
-    Only samples that a manifest keeps are checked, since only those are read: a manifest that was written with
-    `--exclude` and the problems found here has none left.
+    Of the samples, those that a manifest keeps are checked, since only those are read; a shard that is not whole is a
+    problem whatever is kept of it. A manifest that was written with `--exclude` and the problems found has none left.
 
     Args:
         sources: The shards; one that is missing is a problem like any other.
@@ -72,34 +56,30 @@ def verify(
         total.shards += 1
         total.samples += verdict.samples
         total.bytes += verdict.bytes
+        total.left_out += verdict.left_out
+        total.without_sum += verdict.without_sum
         total.problems += verdict.problems
     return total
 
 
-def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """Writes one JSON object a line, as `index --exclude` reads them."""
-    rows = ({name: value for name, value in asdict(found).items() if name != "detail" or value} for found in problems)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
 def _verify_shard(shard: Source) -> Verdict:
+    verdict, entry = Verdict(), shard.entry
+    sha256 = entry.sha256 if entry else ""
+    verdict.without_sum = int(not sha256)
     try:
-        source = replace(shard, entry=None).open(ahead=True)  # whatever its size
-    except DataError as error:
-        return Verdict(problems=[Problem(shard.location, "", MISSING, str(error))])
-    verdict, entry = Verdict(bytes=source.size), shard.entry
-    try:
-        if entry and (source.size != entry.bytes or (entry.version and source.version != entry.version)):
-            detail = f"{source.size:,} bytes {source.version}".rstrip()
-            detail = f"{detail} instead of {entry.bytes:,} bytes {entry.version}".rstrip()
-            verdict.problems.append(Problem(shard.location, "", CHANGED, detail))
-        else:
-            _verify_bytes(shard, source, verdict)
-    except DataError as error:  # in the middle of a read
+        # Whatever its size and version; of several versions in turn, a checksum decides.
+        found = open_bytes(shard.location, patience_s=PATIENCE_S, version=None if sha256 else "")
+        with closing(ReadAhead(found, is_remote(shard.location))) as source:
+            verdict.bytes = source.size
+            is_another = entry and not sha256 and entry.version and source.version != entry.version
+            if entry and (source.size != entry.bytes or is_another):
+                detail = f"{source.size:,} bytes {source.version}".rstrip()
+                detail = f"{detail} instead of {entry.bytes:,} bytes {entry.version}".rstrip()
+                verdict.problems.append(Problem(shard.location, "", CHANGED, detail))
+            else:
+                _verify_bytes(shard, source, verdict)
+    except DataError as error:  # on opening it, or in the middle of a read
         verdict.problems.append(Problem(shard.location, "", MISSING, str(error)))
-    finally:
-        source.close()
     return verdict
 
 
@@ -116,16 +96,21 @@ def _verify_bytes(shard: Source, source: ByteSource, verdict: Verdict) -> None:
             report(WRONG_COUNT, detail=f"{len(rows):,} instead of {entry.indexed:,}")
         else:
             kept = shard.kept(len(rows))
-            if (stored := shard.indexed()) is not None and not np.array_equal(stored, rows):
-                report(WRONG_INDEX, detail=f"remove {shard.index}: it is made anew when it is needed")
-    for start, stop, fault in rows[kept].tolist():
-        verdict.samples += 1
+            if (stored := shard.stored()) is not None and not np.array_equal(stored, rows):
+                report(WRONG_INDEX, detail=str(shard.index))
+    is_checked = np.zeros(len(rows), dtype=bool)
+    is_checked[kept] = True
+    is_whole = np.array([not Fault(fault).is_of_shard for fault in rows[:, 2].tolist()], dtype=bool)
+    verdict.left_out = int(np.count_nonzero(is_whole & ~is_checked))
+    for start, stop, fault in rows[is_checked | ~is_whole].tolist():
         if fault:
-            report(Fault(fault).reason, key_at(source, start) or f"byte {start:,}")
+            verdict.problems.append(Problem.of_row(shard.location, source, (start, stop, fault)))
+            verdict.samples += bool(verdict.problems[-1].key)
             continue
+        verdict.samples += 1
         try:
             sample = parse_sample(shard.location, source.read(start, stop - start))
             sample.captions()
             check_image(sample.image)
         except (SampleError, TarError) as error:
-            report(str(error), key_at(source, start))
+            report(str(error), label_at(source, start))

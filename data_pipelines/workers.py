@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -156,7 +157,8 @@ def _answer_with_error(queue: Queue[Any], error: Exception, item: Any) -> None:
 
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = _answer_with_error  # pyright: ignore[reportAttributeAccessIssue]; else: a traceback
-    # One core a worker: their number is the parallelism.
+    sys.excepthook = lambda *_: None  # of a thread that passes open files on; the trainer tells that one did not come
+    # One core per worker: their number is the parallelism.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # Ctrl-C and Slurm's SIGTERM reach the whole job; the trainer still needs data to finish its step and save.

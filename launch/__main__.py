@@ -1,30 +1,47 @@
 """The command line: `python -m launch --help`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipelines.help_text import HelpFormatter, examples
 
-def main(argv: Sequence[str]) -> int:
+
+def parser() -> argparse.ArgumentParser:
+    """Parses into a namespace whose `command` is local or plan."""
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start a run, or plan one.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     local = commands.add_parser(
         "local",
         help="train on this machine",
-        description="Train on this machine: one process a GPU, or two on the CPU when there is none.",
+        description="Train on this machine: one process per GPU, or two on the CPU when there is none. The same "
+        "command goes on with a run that was stopped.",
+        formatter_class=HelpFormatter,
+        epilog=examples(
+            "python -m launch local configs/small.yaml data.workers=4 optimizer.learning_rate=1e-4",
+            "python -m launch local configs/base.yaml --doctor engine.tensor_parallel=2",
+        ),
     )
     local.add_argument("config", type=Path, metavar="CONFIG", help="the run's YAML file")
     local.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
     local.add_argument("--nproc", type=positive, metavar="N", help="number of processes")
+    local.add_argument("--doctor", action="store_true", help="compare the layout with one process, and do not train")
     local.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
     plan = commands.add_parser(
         "plan",
         help="predict memory, communication and time of a run, and the best layouts",
-        description="Predict what a run needs on a cluster and how long it takes, without torch or a GPU. "
+        description="Predict what a run needs on a cluster and how long it takes, without a GPU. "
         "Exits with 0 if the run is possible and fits, else with 4.",
+        formatter_class=HelpFormatter,
+        epilog=examples(
+            "python -m launch plan configs/base.yaml --gpus-per-node 4 --gpu a100",
+            "python -m launch plan configs/huge.yaml --nodes 512 engine.tensor_parallel=4",
+            "python -m launch plan --compare runs/base",
+        ),
     )
     plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="the run's YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
@@ -39,12 +56,18 @@ def main(argv: Sequence[str]) -> int:
     plan.add_argument("--vocabulary", type=positive, metavar="N", help="tokens, if there is no tokenizer yet")
     plan.add_argument("--compare", type=Path, metavar="RUN", help="output folder of a run to compare with")
     plan.add_argument("--json", action="store_true", help="for a program instead of a person")
+    return parser
 
+
+def main(argv: Sequence[str]) -> int:
+    words = parser()
     # argparse gives up on positional arguments that follow an option: `local CONFIG --nproc 4 key=value`.
-    arguments, late = parser.parse_known_args(argv)
-    unknown = [word for word in late if word.startswith("-")]
-    if unknown:
-        parser.error(f"unknown option {' '.join(unknown)}")
+    arguments, late = words.parse_known_args(argv)
+    for word in late:
+        if re.match(r"--[a-z_]+\.", word):
+            words.error(f"{word} is an override, which has no dashes: write {word.lstrip('-')}")
+        if word.startswith("-"):
+            words.error(f"unknown option {word}")
     overrides = [*arguments.overrides, *late]
 
     # Imported this late so that --help need not wait for the config's own imports, nor a run for the planner's.
@@ -66,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
             )
         from launch.local import run_local
 
-        run_local(arguments.config, overrides, arguments.nproc, arguments.dry_run)
+        command = "doctor" if arguments.doctor else "train"
+        run_local(arguments.config, overrides, arguments.nproc, arguments.dry_run, command)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -36,10 +36,22 @@ GPUS = {
 COMPUTE_EFFICIENCY = 0.5
 # Share of a link's bandwidth that large collectives reach: NCCL's own tests show 360 of 450 GB/s on H100 nodes.
 LINK_EFFICIENCY = 0.8
-# A message's start, for each doubling of the ranks: tens of microseconds for a collective over thousands.
-LATENCY_S = 10e-6
+# What a collective takes before its first byte is there: its start, and each hop on its way, inside a node and between
+# nodes. Rings have as many hops as ranks, trees, which all-reduces take, as many as the ranks of a node and levels of
+# nodes. Source: NCCL's own model, src/graph/tuning.cc, protocol LL128.
+START_S = 14e-6
+RING_HOP_S = (1.9e-6, 4e-6)
+TREE_HOP_S = (1.25e-6, 8.5e-6)
+# What DeepSpeed 0.19 does on the processor for each rank and parameter that stage 3 gathers, or reduces: it lays out
+# every rank's slice in Python. Measured on one rank of a pretended world of 32 to 2,048: docs/measurements.md.
+HOST_S = {"all-gather": 1.5e-6, "reduce-scatter": 5e-6}
 # Share of the computing time behind which an overlapped transfer can hide: it takes some of the GPU's own cores.
 OVERLAP = 0.8
+# Predicted times that differ by less are not told apart: the efficiency above spans 44 to 52 % in its source, and no
+# time has been held against a GPU's clock.
+TIME_ERROR = 0.2
+# Images that a core decodes a second, of 640 x 480 to 224 pixels. Source: docs/measurements.md, `make bench-data`.
+DECODED_PER_CORE_S = 559
 # The CUDA context, NCCL's buffers, cuBLAS' workspaces and what the allocator loses to fragments.
 RESERVED_GIB = 6
 
@@ -63,3 +75,14 @@ def find_gpu(text: str) -> Gpu:
     if not all(0 < figure < math.inf for figure in (tflops, memory, nvlink, network)):
         raise UserError(f"--gpu {text} has a figure that is not above 0 and finite: all four must be.")
     return Gpu(name, tflops, memory, nvlink, network)
+
+
+def latency_s(kind: str, ranks: int, nodes: int) -> float:
+    """Of a collective over so many ranks, evenly spread over the nodes."""
+    if kind == "all-reduce":
+        inside, between = TREE_HOP_S
+        return START_S + 2 * ((ranks / nodes - 1) * inside + math.log2(nodes) * between)
+    inside, between = RING_HOP_S
+    if kind == "point-to-point":
+        return START_S + (between if nodes > 1 else inside)
+    return START_S + (ranks - nodes) * inside + (nodes - 1) * between

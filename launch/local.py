@@ -11,8 +11,17 @@ from launch.environment import count_cores, count_gpus, missing, variables
 from pretrain.config import load_config
 
 
-def run_local(config: Path, overrides: Sequence[str], num_processes: int | None, dry_run: bool) -> None:
+def run_local(
+    config: Path, overrides: Sequence[str], num_processes: int | None, dry_run: bool, command: str = "train"
+) -> None:
     """Check the config, then become torchrun: its process id, its signals and its exit code are ours.
+
+    Args:
+        config: The run's YAML file.
+        overrides: Settings laid over the file's.
+        num_processes: Ranks; None for as many as suit the machine.
+        dry_run: Print the command line and stop.
+        command: Of `python -m pretrain`: train, or doctor.
 
     Raises:
         UserError: The config cannot be used, or there are fewer GPUs than processes.
@@ -25,13 +34,13 @@ def run_local(config: Path, overrides: Sequence[str], num_processes: int | None,
             f"--nproc {processes} needs a GPU for each process and there are {gpus}: "
             f"give --nproc {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    command = torchrun_command(config, overrides, processes)
+    words = torchrun_command(config, overrides, processes, command)
     if dry_run:
         needed = variables(processes=processes, gpus=gpus, cores=count_cores(), nodes=1)
         settings = [f"{name}={shlex.quote(value)}" for name, value in missing(needed, os.environ).items()]
-        print(" ".join([*settings, shlex.join(command)]))
+        print(" ".join([*settings, shlex.join(words)]))
         return
-    os.execv(command[0], command)
+    os.execv(words[0], words)
 
 
 def default_processes(gpus: int, cores: int) -> int:
@@ -39,7 +48,7 @@ def default_processes(gpus: int, cores: int) -> int:
     return gpus or min(2, cores)
 
 
-def torchrun_command(config: Path, overrides: Sequence[str], processes: int) -> list[str]:
+def torchrun_command(config: Path, overrides: Sequence[str], processes: int, command: str = "train") -> list[str]:
     """Build the command line of a run on this machine."""
     return [
         *(sys.executable, "-m", "launch.torchrun"),
@@ -48,5 +57,5 @@ def torchrun_command(config: Path, overrides: Sequence[str], processes: int) -> 
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"),
         # A failed run is resumed from its checkpoint by a new process, never restarted in place.
         *("--max-restarts", "0"),
-        *("-m", "pretrain", "train", str(config), *overrides),
+        *("-m", "pretrain", command, str(config), *overrides),
     ]

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import UserError
-from launch.hardware import COMPUTE_EFFICIENCY, LATENCY_S, LINK_EFFICIENCY, OVERLAP, RESERVED_GIB
-from launch.plan import GIB, Cluster, Plan, best_layouts, count_pieces, make_plan, objection
-from pretrain.accounting.layers import LayerCost, layers
+from data_pipelines.text import to_json
+from launch.hardware import (
+    COMPUTE_EFFICIENCY,
+    DECODED_PER_CORE_S,
+    LINK_EFFICIENCY,
+    OVERLAP,
+    RESERVED_GIB,
+    TIME_ERROR,
+)
+from launch.plan import GIB, Cluster, Costs, Plan, best_layouts, count_pieces, make_plan, objection
 from pretrain.config import Config, load_config
 
 # What must be equal for a comparison, of the sections that hold other things too.
@@ -35,19 +42,21 @@ def run_plan(
     config = load_config(path or _of_run(run, "config.yaml"), overrides)
     pieces, counted_from = count_pieces(config.data.tokenizer, vocabulary)
     reason = objection(config, cluster)
-    plan = None if reason else make_plan(config, cluster, layers(config, pieces))
+    costs = Costs(config, pieces)
+    plan = None if reason else make_plan(config, cluster, costs)
+    best = best_layouts(config, cluster, costs)
     if plan and not plan.fits:
         room = cluster.gpu.memory_gib - RESERVED_GIB
+        fix = "take one of the layouts below" if best else "no layout of this global batch fits, so take more GPUs"
         reason = (
             f"A rank holds {plan.memory_gib:.1f} GiB at its fullest, and a GPU of {cluster.gpu.memory_gib:g} GiB has "
-            f"room for {room:g}: take one of the layouts below, or more GPUs."
+            f"room for {room:g}: {fix}, or a smaller model or batch."
         )
-    best = best_layouts(config, cluster, pieces)
     compared = compare(plan, run) if plan and run else {}
     if as_json:
-        print(json.dumps(summary(config, cluster, pieces, plan, reason, best, compared), indent=2))
+        print(to_json(summary(config, cluster, costs, plan, reason, best, compared), indent=2))
     else:
-        print("\n".join(report(config, cluster, pieces, counted_from, plan, reason, best, compared)))
+        print("\n".join(report(config, cluster, costs, counted_from, plan, reason, best, compared)))
     return 4 if reason else 0
 
 
@@ -78,11 +87,11 @@ def compare(plan: Plan, run: Path) -> dict[str, tuple[float, float]]:
     if not steps:
         raise UserError(f"--compare {run}: metrics.jsonl holds no step yet.")
     step_s = statistics.median(values["time/step_s"] for values in steps)
-    per_gpu = plan.model_flops * plan.config.training.global_batch / plan.cluster.world / 1e12
+    per_gpu = plan.costs.flops * plan.config.training.global_batch / plan.cluster.world / 1e12
     return {
         "seconds a step": (plan.step_s, step_s),
         "samples/s": (plan.samples_per_s, plan.config.training.global_batch / step_s),
-        "TFLOP/s a GPU": (per_gpu / plan.step_s, per_gpu / step_s),
+        "TFLOP/s per GPU": (per_gpu / plan.step_s, per_gpu / step_s),
         "peak memory, GiB": (plan.memory_gib, max(values["memory/peak_gib"] for values in steps)),
     }
 
@@ -90,7 +99,7 @@ def compare(plan: Plan, run: Path) -> dict[str, tuple[float, float]]:
 def report(
     config: Config,
     cluster: Cluster,
-    vocabulary: int,
+    costs: Costs,
     counted_from: str,
     plan: Plan | None,
     reason: str | None,
@@ -98,10 +107,10 @@ def report(
     compared: dict[str, tuple[float, float]],
 ) -> list[str]:
     """The plan as lines for a terminal."""
-    gpu, costs = cluster.gpu, layers(config, vocabulary)
-    parameters = sum(cost.parameters for cost in costs)
+    gpu = cluster.gpu
     lines = [
-        f"{parameters / 1e9:.2f} B parameters in {len(costs)} layers, vocabulary {vocabulary:,} ({counted_from})",
+        f"{costs.forward.parameters / 1e9:.2f} B parameters in {len(costs.forward.flops)} layers, vocabulary "
+        f"{costs.vocabulary.size:,} ({counted_from})",
         f"{cluster.nodes:,} x {cluster.gpus_per_node} = {cluster.world:,} GPUs {gpu.name}: {gpu.tflops:g} TFLOP/s, "
         f"{gpu.memory_gib:g} GiB, NVLink {gpu.nvlink_gb_s:g} GB/s, network {gpu.network_gb_s:g} GB/s",
         "",
@@ -112,8 +121,9 @@ def report(
         lines += ["", *_exchange_lines(plan), "", *_time_lines(plan)]
     if compared:
         lines += ["", *_table(["against the run", "predicted", "measured", "ratio"], _compared_rows(compared))]
-    lines += ["", *_best_lines(best), "", *_assumption_lines()]
-    return lines
+    if best:
+        lines += ["", *_best_lines(best, plan, config)]
+    return [*lines, "", *_assumption_lines()]
 
 
 def _layout_lines(plan: Plan) -> list[str]:
@@ -130,25 +140,19 @@ def _layout_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [[name, f"{size / GIB:.2f}"] for name, size in plan.memory.items.items()]
     rows += [["in all", f"{plan.memory_gib:.2f}"]]
-    rows += [["activations without checkpointing", f"{plan.activations(checkpointing=False) / GIB:.2f}"]]
-    rows += [["activations with checkpointing", f"{plan.activations(checkpointing=True) / GIB:.2f}"]]
+    for name, checkpointing in (("without", False), ("with", True)):
+        held = f"{plan.activations(checkpointing) / GIB:.2f}"
+        rows += [[f"activations in the backward pass, {name} checkpointing", held]]
     return _table([f"memory of a GPU, {plan.memory.moment}", "GiB"], rows)
 
 
-def _flops_lines(costs: Sequence[LayerCost]) -> list[str]:
-    totals: dict[tuple[str, ...], float] = {}
-    for cost in costs:
-        for needed, flops in cost.flops.items():
-            totals[needed] = totals.get(needed, 0) + 3 * flops
-    everything = sum(totals.values())
-    rows = [
-        [
-            " + ".join(needed) + (" alone" if len(needed) == 1 else ""),
-            f"{flops / 1e12:.3f}",
-            f"{flops / everything:.1%}",
-        ]
-        for needed, flops in sorted(totals.items(), key=lambda item: -item[1])
-    ]
+def _flops_lines(costs: Costs) -> list[str]:
+    everything, alone = costs.flops, costs.flops_alone
+    shared = everything - sum(alone.values())
+    found = [(f"{name} alone", flops) for name, flops in alone.items()]
+    found += [("more than one objective", shared)] if shared else []
+    found.sort(key=lambda row: -row[1])
+    rows = [[needed, f"{flops / 1e12:.3f}", f"{flops / everything:.1%}"] for needed, flops in found]
     rows.append(["in all", f"{everything / 1e12:.3f}", ""])
     return _table(["one pass of training, needed by", "TFLOP a sample", "share"], rows)
 
@@ -165,6 +169,8 @@ def _exchange_lines(plan: Plan) -> list[str]:
         ]
         for each in plan.exchanges
     ]
+    if not rows:
+        return ["nothing is exchanged: there is one rank"]
     return _table(["exchanged in a step", "kind", "axis, link", "GB", "s", "exposed s"], rows)
 
 
@@ -175,11 +181,13 @@ def _time_lines(plan: Plan) -> list[str]:
         ["computing", f"{plan.compute_s:.3f} s"],
         ["exposed communication", f"{exposed_s:.3f} s"],
         ["pipeline bubble", f"{plan.bubble_s:.3f} s"],
+        ["the processor's part in ZeRO-3, meanwhile", f"{plan.host_s:.3f} s"],
         ["a step", f"{plan.step_s:.3f} s"],
         ["samples/s", f"{plan.samples_per_s:,.0f}"],
         ["model FLOPs utilisation", f"{plan.mfu:.1%}"],
-        [f"{steps:,} steps, {steps * training.global_batch / 1e6:,.0f} M samples", f"{plan.hours / 24:,.2f} days"],
+        [f"{steps:,} steps, {steps * training.global_batch / 1e6:,.1f} M samples", f"{plan.hours:,.1f} h"],
         ["GPU-hours", f"{plan.hours * plan.cluster.world:,.0f}"],
+        ["cores of a node that decode", f"{plan.decoding_cores:,.1f}"],
     ]
     return _table(["time", ""], rows)
 
@@ -191,26 +199,33 @@ def _compared_rows(compared: dict[str, tuple[float, float]]) -> list[list[str]]:
     ]
 
 
-def _best_lines(best: Sequence[Plan]) -> list[str]:
-    if not best:
-        return ["No layout of this global batch fits the cluster: take more GPUs, or another batch."]
-    rows = []
-    for plan in best:
+def _best_lines(best: Sequence[Plan], asked: Plan | None, config: Config) -> list[str]:
+    """The best layouts, the one asked for among or below them, and how to ask for the others."""
+    listed = [*best, *([asked] if asked and not any(map(asked.is_laid_out_as, best)) else [])]
+    rows, pasted = [], []
+    for number, plan in enumerate(listed, start=1):
         engine, layout = plan.config.engine, plan.layout
+        is_asked = asked is not None and plan.is_laid_out_as(asked)
         again = "on" if engine.activation_checkpointing else "off"
         degrees = [layout.data_parallel, layout.tensor_parallel, layout.pipeline_parallel, engine.zero_stage]
-        row = [*map(str, degrees), again, str(layout.micro_steps)]
-        rows.append([*row, f"{plan.step_s:.3f}", f"{plan.mfu:.1%}", f"{plan.memory_gib:.1f}"])
-    head = ["data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s a step", "MFU", "GiB"]
-    return ["best layouts of the same optimisation", *_table(head, rows)]
+        row = [str(number), *map(str, degrees), again, str(layout.micro_steps), f"{plan.step_s:.3f}", f"{plan.mfu:.1%}"]
+        rows.append([*row, f"{plan.memory_gib:.1f}", "asked for" if is_asked else ""])
+        if not is_asked:
+            words = [word for word in _overrides(plan, config) if not asked or word not in _overrides(asked, config)]
+            pasted.append(f"{number}: {' '.join(words)}")
+    head = ["", "data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s a step", "MFU", "GiB", ""]
+    lines = ["best layouts of the same optimisation", *_table(head, rows)]
+    return [*lines, "", "overrides that ask for them", *pasted] if pasted else lines
 
 
 def _assumption_lines() -> list[str]:
     return [
         "Taken for granted, with sources in launch/hardware.py:",
-        f"computing at {COMPUTE_EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, "
-        f"{LATENCY_S * 1e6:g} us for each message and doubling of ranks,",
-        f"overlapped transfers hidden behind {OVERLAP:.0%} of the computing, {RESERVED_GIB} GiB of a GPU kept free.",
+        f"computing at {COMPUTE_EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, NCCL's own model of "
+        f"latencies,",
+        f"overlapped transfers hidden behind {OVERLAP:.0%} of the computing, {RESERVED_GIB} GiB of a GPU kept free,",
+        f"{DECODED_PER_CORE_S} images decoded by a core in a second.",
+        f"Of ZeRO's stages the lowest within {TIME_ERROR:.0%} of the fastest is listed.",
         "docs/planning.md derives the rest. Tests hold memory and bytes against measurements; times are not measured.",
     ]
 
@@ -236,19 +251,18 @@ def _is_number(cell: str) -> bool:
 def summary(
     config: Config,
     cluster: Cluster,
-    vocabulary: int,
+    costs: Costs,
     plan: Plan | None,
     reason: str | None,
     best: Sequence[Plan],
     compared: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
     """The plan for a machine. Units are in the names; the best layouts are overrides."""
-    costs = layers(config, vocabulary)
     found: dict[str, Any] = {
         "possible": reason is None,
         "reason": reason,
-        "parameters": sum(cost.parameters for cost in costs),
-        "vocabulary": vocabulary,
+        "parameters": costs.forward.parameters,
+        "vocabulary": costs.vocabulary.size,
         "gpus": cluster.world,
     }
     if plan:
@@ -259,26 +273,18 @@ def summary(
                 "without checkpointing": plan.activations(checkpointing=False),
                 "with checkpointing": plan.activations(checkpointing=True),
             },
-            "flops_per_sample": plan.model_flops,
+            "flops_per_sample": plan.costs.flops,
             "exchanges": [
-                {
-                    "what": each.transfer.what,
-                    "kind": each.transfer.kind,
-                    "axis": each.transfer.axis,
-                    "link": each.link,
-                    "bytes": each.transfer.size,
-                    "time_s": each.time_s,
-                    "exposed_s": each.exposed_s,
-                }
+                {name: getattr(each.transfer, name) for name in ("what", "kind", "axis")}
+                | {"bytes": each.transfer.size}
+                | {name: getattr(each, name) for name in ("link", "time_s", "exposed_s", "host_s")}
                 for each in plan.exchanges
             ],
-            "compute_s": plan.compute_s,
-            "bubble_s": plan.bubble_s,
-            "step_s": plan.step_s,
-            "samples_per_s": plan.samples_per_s,
+            **{name: getattr(plan, name) for name in ("compute_s", "bubble_s", "host_s", "step_s", "samples_per_s")},
             "mfu": plan.mfu,
-            "days": plan.hours / 24,
+            "hours": plan.hours,
             "gpu_hours": plan.hours * cluster.world,
+            "decoding_cores_per_node": plan.decoding_cores,
         }
     found["best"] = [
         {"overrides": _overrides(each, config), "step_s": each.step_s, "memory_gib": each.memory_gib} for each in best

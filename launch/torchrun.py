@@ -1,10 +1,11 @@
-"""torchrun with manners: `python -m launch.torchrun` takes torchrun's arguments, numbers where it wants numbers.
+"""torchrun with manners: `python -m launch.torchrun` takes torchrun's arguments, all of them.
 
 Three things differ, each because of what plain torchrun does (tried with torch 2.13):
 
 * Signals. A third SIGTERM, which Slurm does send, makes torchrun leave at once and abandon the ranks it was
   waiting for, and a SIGUSR1 kills it and leaves them running. Here the first signal asks every rank to save
-  and stop, whatever signal it was, and later ones change nothing, except a second Ctrl-C, which kills.
+  and stop, whatever signal it was, and later ones change nothing, except a second Ctrl-C, which kills. One that is
+  ignored when the run starts, as SIGHUP is by nohup, stays ignored.
 * Exit codes. torchrun turns every failure into 1. Here the run's own code comes back: the one that a rank
   wrote to the file named by PRETRAIN_EXIT_CODE_FILE, else that of the rank which failed.
 * The last words. torchrun ends with some forty lines of its own; here one line says which rank failed and how,
@@ -20,17 +21,26 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import (
+    config_from_args,
+    determine_local_world_size,
+    parse_args,
+    parse_min_max_nnodes,
+    run,
+)
 
+from data_pipelines.errors import UserError
 from launch.environment import count_cores, count_gpus, missing, variables
 
 EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"
 
 MEANINGS = {
     3: "no valid checkpoint, or one of another run",
-    4: "the configuration or the data needs mending, see the message above",
+    4: "the config, the data or the disk needs mending, see the message above",
     5: "too many bad steps",
     7: "the layout does not take the steps of one process",
     85: "saved what there was; the same command goes on from there",
@@ -40,6 +50,18 @@ MEANINGS = {
 def main(argv: Sequence[str]) -> int:
     """Run torchrun's agent in this process and return the run's exit code."""
     arguments = parse_args(list(argv))
+    try:
+        os.environ.update(missing(environment_for(arguments.nproc_per_node, arguments.nnodes), os.environ))
+        config_from_args(arguments)  # torchrun's own objections, which it would raise in a traceback
+    except (UserError, ValueError, AssertionError) as error:
+        print(f"launch: {str(error).rstrip('.')}.", file=sys.stderr)
+        return 2
+    if (gpus := count_gpus(os.environ)) and not torch.cuda.is_available():
+        print(
+            f"launch: {gpus} GPUs are here, and torch {torch.__version__} cannot use them: the run is on the CPU; for "
+            f"GPUs install torch's CUDA build, and NVIDIA's driver",
+            file=sys.stderr,
+        )
     # torch insists on handling one signal at least: one that nobody sends, so that it leaves ours alone.
     arguments.signals_to_handle = "SIGUSR2"
     for name in ("multiprocessing.api", "agent.server.api"):  # what they say of a failure, describe() says
@@ -47,7 +69,6 @@ def main(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         exit_code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, f"{folder}/exit-code"))
-        os.environ.update(missing(environment_for(arguments.nproc_per_node, arguments.nnodes), os.environ))
         stop_once()
         try:
             run(arguments)
@@ -57,24 +78,49 @@ def main(argv: Sequence[str]) -> int:
             code, reason = root_cause(exit_codes), describe(exit_codes)
         except SignalException as error:
             code, reason = 128 + error.sigval, "stopped as asked"
+        except RendezvousError:
+            code, place = 1, arguments.rdzv_endpoint or "the first of them"
+            reason = (
+                f"the {arguments.nnodes} machines did not meet at {place}: see that it is reached from all of them, "
+                f"that its port is free, and that the run was started on each"
+            )
         code = read_exit_code(exit_code_file) or code
     print(f"launch: {reason}; exit code {code}" + explain(code), file=sys.stderr)
     return code
 
 
 def environment_for(nproc_per_node: str, nnodes: str) -> dict[str, str]:
-    """Fill in the environment from torchrun's own arguments."""
-    return variables(processes=int(nproc_per_node), gpus=count_gpus(os.environ), cores=count_cores(), nodes=int(nnodes))
+    """Fill in the environment from torchrun's own arguments, with a word where it takes words.
+
+    Raises:
+        UserError: they say no number of processes, or of nodes.
+    """
+    try:
+        processes = determine_local_world_size(nproc_per_node)
+    except ValueError:  # a word that is none of torchrun's, or gpu where torch finds no GPU
+        processes = 0
+    if processes < 1:
+        raise UserError(
+            f"--nproc-per-node {nproc_per_node} starts no process here: give a number, cpu, auto, or gpu where torch "
+            f"finds a GPU."
+        )
+    try:
+        fewest, most = parse_min_max_nnodes(nnodes)
+    except (ValueError, RuntimeError):
+        fewest = most = 0
+    if not 1 <= fewest <= most:
+        raise UserError(f"--nnodes {nnodes} is no number of machines: give one, or FEWEST:MOST, such as 1:2.")
+    return variables(processes=processes, gpus=count_gpus(os.environ), cores=count_cores(), nodes=most)
 
 
 def stop_once() -> None:
     """Make the first signal stop the run in good order, and a second Ctrl-C at once."""
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    signals = [each for each in known if signal.getsignal(each) != signal.SIG_IGN]
 
     def stop(number: int, frame: object) -> None:
         for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, kill_ranks)
+            signal.signal(each, kill_ranks if each == signal.SIGINT else signal.SIG_IGN)
         print(
             f"launch: {signal.Signals(number).name}: the ranks save and stop (Ctrl-C again kills them)",
             file=sys.stderr,
@@ -126,6 +172,8 @@ def explain(code: int) -> str:
     """Say what the user can do about it."""
     if code == 128 + signal.SIGKILL:
         return " (out of memory is the usual reason)"
+    if code == 128 + signal.SIGTERM:
+        return " (stopped before it could save; the newest checkpoint, if there is one, stays)"
     return f" ({MEANINGS[code]})" if code in MEANINGS else ""
 
 

@@ -1,6 +1,7 @@
 """From a config to what a batch holds: what the architecture reads, in the sizes of the model."""
 
 from data_pipelines.columns import BatchSpec
+from data_pipelines.errors import named
 from data_pipelines.tokenizer import Tokenizer
 from pretrain.config import Config
 from pretrain.models.architectures import architecture_of
@@ -14,7 +15,9 @@ def batch_spec(config: Config) -> BatchSpec:
         DataError: the tokenizer cannot be used.
         ConfigError: the model's layers do not hang together.
     """
-    tokenizer, masked_lm = Tokenizer.load(config.data.tokenizer), config.objectives.masked_lm
+    with named("data.tokenizer"):
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    masked_lm = config.objectives.masked_lm
     return BatchSpec(
         config.data,
         tokenizer,

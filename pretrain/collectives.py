@@ -4,24 +4,58 @@
 Shapes: B rows on this rank, G = B x ranks rows of the micro-step.
 """
 
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+# torch 2.13 renames two collectives that older versions and DeepSpeed call by their old names, at every call.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
 Group = dist.ProcessGroup | None
+
+
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class Pretended(_ProcessGroup):
+    """The first of so many ranks, alone: on the meta device, where shapes are all there is, nobody misses the others.
+
+    What would be exchanged is noted: its kind, and of an all-gather the bytes that come out, else those that go in.
+    """
+
+    def __init__(self, size: int, note: Callable[[str, int], None]) -> None:
+        super().__init__(0, size)
+        self.note = note
+
+    def allreduce(self, tensors: list[Tensor], *_: Any) -> None:
+        self.note("all-reduce", tensors[0].nbytes)
+
+    def _allgather_base(self, output: Tensor, *_: Any) -> None:
+        self.note("all-gather", output.nbytes)
+
+    def _reduce_scatter_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:
+        self.note("reduce-scatter", rows.nbytes)
+
+    def alltoall_base(self, output: Tensor, rows: Tensor, *_: Any) -> None:
+        self.note("all-to-all", rows.nbytes)
+
+    # As torch calls them from 2.13 on.
+    all_gather_single, reduce_scatter_single, all_to_all_single = _allgather_base, _reduce_scatter_base, alltoall_base
 
 
 def group_size(group: Group) -> int:
     """How many ranks hold rows of the same micro-step."""
-    return 1 if group is None else dist.get_world_size(group)
+    return 1 if group is None else group.size()
 
 
 def row_offset(rows: int, group: Group) -> int:
     """Index, among the gathered rows, of this rank's first one."""
-    return 0 if group is None else dist.get_rank(group) * rows
+    return 0 if group is None else group.rank() * rows
 
 
 def share_of(size: int, group: Group) -> tuple[int, int]:
@@ -81,6 +115,9 @@ def find_route(wanted: Tensor, rows: int, group: Group) -> Route:
     """
     rank, size = row_offset(1, group), group_size(group)
     everyone = all_gather(wanted, group).view(size, -1)  # (ranks, N)
+    if isinstance(group, Pretended):  # its rows are as many as it asks for
+        split = [len(wanted), *[0] * (size - 1)]
+        return Route(wanted, split, split, wanted)
     owners = everyone // rows
     from_here = owners == rank
     return Route(
@@ -107,7 +144,10 @@ def ring_shift(rows: Tensor, group: Group) -> Tensor:
     size = group_size(group)
     if group is None or size == 1:
         return rows
-    received, rank = torch.empty_like(rows), dist.get_rank(group)
+    received, rank = torch.empty_like(rows), group.rank()
+    if isinstance(group, Pretended):
+        group.note("point-to-point", rows.nbytes)
+        return received
     there = dist.P2POp(dist.isend, rows.contiguous(), group=group, group_peer=(rank + 1) % size)
     here = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size)
     for work in dist.batch_isend_irecv([there, here]):

@@ -4,15 +4,17 @@ Frozen, and strict: an unknown key is refused with the nearest name, a value out
 combination that cannot work with both keys and the fix. Imports no torch, so a login node reads it at once.
 """
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section
+from pretrain.config_text.problems import sentences
+from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
 
 
@@ -24,7 +26,7 @@ class ImageTowerConfig(Section):
     patch: int = Field(gt=0)
     """Side of a patch, in pixels; divides `size`."""
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(ge=0)
     heads: int = Field(gt=0)
 
     @property
@@ -33,12 +35,12 @@ class ImageTowerConfig(Section):
 
 
 class TextTowerConfig(Section):
-    """A bidirectional transformer over the caption."""
+    """A transformer over the caption."""
 
     length: int = Field(ge=3)
     """Tokens a caption is cut or padded to, [CLS] and [SEP] included."""
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(ge=0)
     heads: int = Field(gt=0)
 
 
@@ -59,7 +61,7 @@ class DecoderConfig(Section):
 
 
 class JointConfig(Section):
-    """Blocks over patches and captions in one row; as wide as the text tower."""
+    """Blocks over captions and patches in one row; as wide as both towers, which then may have no blocks."""
 
     depth: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -75,10 +77,11 @@ class Size(NamedTuple):
     heads: int
     length: int
     embed: int
+    queries: int = 256
 
 
 SIZES = {
-    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64),
+    "tiny": Size(64, 8, 128, 4, 4, length=24, embed=64, queries=32),
     "small/16": Size(224, 16, 384, 12, 6, length=32, embed=256),
     "base/16": Size(224, 16, 768, 12, 12, length=32, embed=256),
     "large/16": Size(224, 16, 1024, 24, 16, length=32, embed=512),
@@ -104,6 +107,29 @@ ARCHITECTURES = {
         lambda size: {"text": {"depth": size.depth // 2}, "fusion": {"depth": size.depth // 2, "heads": size.heads}},
     ),
     "clip": Choice("pretrain.models.clip", ("contrastive",), lambda size: {"text": {"depth": size.depth}}),
+    "blip": Choice(
+        "pretrain.models.blip",
+        ("contrastive", "matching", "captioning"),
+        lambda size: {"text": {"depth": size.depth}},
+    ),
+    # Half of the text stack looks at the image, at 256 queries of it (CoCa, section 3.2).
+    "coca": Choice(
+        "pretrain.models.coca",
+        ("contrastive", "captioning"),
+        lambda size: {
+            "text": {"depth": size.depth // 2},
+            "decoder": {"depth": size.depth // 2, "heads": size.heads, "queries": size.queries},
+        },
+    ),
+    "vilt": Choice(
+        "pretrain.models.vilt",
+        ("matching", "masked_lm"),
+        lambda size: {
+            "image": {"depth": 0},
+            "text": {"depth": 0},
+            "joint": {"depth": size.depth, "heads": size.heads},
+        },
+    ),
 }
 
 
@@ -111,15 +137,17 @@ class ModelConfig(Section):
     """The architecture and its size. `size` fills in whatever is not given."""
 
     architecture: str = "albef"
-    """albef: two towers and a fusion stack. clip: two towers."""
+    """albef: two towers and a fusion stack. clip: two towers. coca: two towers and a decoder that writes captions.
+    blip: an image tower, and one text stack that reads, judges and writes captions. vilt: one stream."""
     size: Literal["tiny", "small/16", "base/16", "large/16"] = "base/16"
     image: ImageTowerConfig
     text: TextTowerConfig
     fusion: FusionConfig | None = None
     decoder: DecoderConfig | None = None
     joint: JointConfig | None = None
-    embed: int = Field(gt=0)
-    """Width of the space in which images and captions are compared."""
+    embed: int | None = Field(default=None, gt=0)
+    """Width of the space in which images and captions are compared, where the architecture has the contrastive
+    objective."""
 
     @model_validator(mode="before")
     @classmethod
@@ -130,12 +158,13 @@ class ModelConfig(Section):
         preset: dict[str, Any] = {
             "image": {"size": size.image, "patch": size.patch, "width": size.width, "depth": size.depth},
             "text": {"length": size.length, "width": size.width},
-            "embed": size.embed,
         }
         preset["image"]["heads"] = preset["text"]["heads"] = size.heads
         choice = ARCHITECTURES.get(str(given.get("architecture")), ARCHITECTURES["albef"])
         for name, section in choice.sections(size).items():
             preset[name] = preset.get(name, {}) | section
+        if choice and "contrastive" in choice.objectives:
+            preset["embed"] = size.embed
         filled = preset | given
         for name, section in preset.items():
             if isinstance(section, dict) and isinstance(filled[name], dict):
@@ -158,6 +187,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
+        choice = ARCHITECTURES[self.architecture]
+        needed = {"image", "text", *choice.sections(SIZES["tiny"])}
+        if "contrastive" in choice.objectives:
+            needed.add("embed")
+        for name in sorted(needed ^ {*self.towers, *(["embed"] if self.embed else [])}):
+            has, change = ("needs", "remove `null`") if name in needed else ("has no", "remove it")
+            raise ValueError(f"model.architecture {self.architecture} {has} model.{name}: {change}")
         if self.image.size % self.image.patch:
             raise ValueError(
                 f"model.image.size {self.image.size} is not a multiple of model.image.patch "
@@ -165,14 +201,20 @@ class ModelConfig(Section):
             )
         for name, tower in self.towers.items():
             width = self.image.width if name == "image" else self.text.width
-            if width % tower.heads:
+            if tower.depth == 0 and self.joint is None:
+                raise ValueError(
+                    f"model.{name}.depth is 0, and only blocks of model.joint make up for a tower without blocks: set "
+                    f"it to 1 or more"
+                )
+            if tower.depth and width % tower.heads:
                 raise ValueError(
                     f"model.{name}.heads {tower.heads} does not divide the width {width}: choose a number that does"
                 )
-        needed = {"image", "text", *ARCHITECTURES[self.architecture].sections(SIZES["tiny"])}
-        for name in sorted(needed ^ self.towers.keys()):
-            has, change = ("needs", "remove `null`") if name in needed else ("has no", "remove it")
-            raise ValueError(f"model.architecture {self.architecture} {has} model.{name}: {change}")
+        if self.joint and self.image.width != self.text.width:
+            raise ValueError(
+                f"model.image.width {self.image.width} is not model.text.width {self.text.width}, and blocks of "
+                f"model.joint see patches and captions in one row: make them equal"
+            )
         return self
 
 
@@ -203,12 +245,12 @@ class ContrastiveConfig(Section):
 
 
 class MatchingConfig(Section):
-    """Image-text matching objective (ITM) on negatives mined by similarity."""
+    """Image-text matching objective (ITM) on negatives mined by similarity, in vilt on random ones."""
 
     weight: float = Field(default=1.0, gt=0)
     pool: int = Field(default=16, ge=2)
-    """Samples, consecutive in the global order, among which a hard negative is looked for. A divisor of `data.grain`,
-    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images a sample."""
+    """Samples, consecutive in the global order, among which a negative is looked for. A divisor of `data.grain`,
+    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images per sample."""
 
 
 class MaskedLMConfig(Section):
@@ -299,6 +341,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=2000, ge=0)
+    """Steps in which the rate rises from 0. Where it is not given, a run of fewer than 20,000 steps has a tenth."""
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
@@ -312,9 +355,9 @@ class TrainingConfig(Section):
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch: int = Field(gt=0)
-    """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
+    """Samples per optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-steps an optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
+    """Micro-steps per optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)
@@ -363,6 +406,16 @@ class Config(Section):
             return given
         return given | {"objectives": {name: {} for name in choice.objectives} | objectives}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten_the_default_warmup(cls, given: Any) -> Any:
+        match given:
+            case {"training": {"steps": int(steps)}} if steps < 20_000:
+                optimizer = given.get("optimizer", {})
+                if isinstance(optimizer, dict) and "warmup_steps" not in optimizer:
+                    return {**given, "optimizer": {**optimizer, "warmup_steps": max(steps, 0) // 10}}
+        return given
+
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
         architecture = self.model.architecture
@@ -375,7 +428,7 @@ class Config(Section):
                 )
         tensor_parallel = self.engine.tensor_parallel
         for name, tower in self.model.towers.items():
-            if tower.heads % tensor_parallel:
+            if tower.depth and tower.heads % tensor_parallel:
                 raise ValueError(
                     f"engine.tensor_parallel {tensor_parallel} does not divide model.{name}.heads {tower.heads}: a "
                     f"rank holds whole heads, so set engine.tensor_parallel to a divisor"
@@ -410,66 +463,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a key, a value or a combination is wrong; the message names
             all of them, one line each.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"No config at {path}: give the path of a YAML file, such as configs/demo.yaml.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read the config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"The config {path} is not a mapping of keys to values: see configs/demo.yaml for one.")
-    return parse_config(tree, str(path), overrides)
+    return _checked(read_tree(path, Config), overrides)
 
 
-def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Checks a tree of plain values after applying `key.path=value` overrides; `source` is named in the errors."""
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Checks a tree of plain values, overrides laid over it; `source` is named in the errors."""
+    return _checked(Tree(source, copy.deepcopy(values)), overrides)
+
+
+def _checked(tree: Tree, overrides: Sequence[str]) -> Config:
     for override in overrides:
-        _apply_override(tree, override)
+        lay_over(tree, override, Config)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree.values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"Cannot read the override {override!r}: write key=value, such as training.steps=100.")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"Cannot read the value of {key}={text}: quote it, as in '{key}=\"...\"'.") from None
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's problems as a sentence with the key, the value and the fix."""
-    key = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            known = _keys_beside(problem["loc"])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}."
-            return f"unknown key {key}: {hint}"
-        case "missing":
-            return f"{key} is missing: add it to the file, or {key}=... to the command."
-        case "value_error":
-            message = str(problem["ctx"]["error"])
-            return f"{message}." if not key or key in message else f"{key}: {message}."
-        case _:
-            return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for name in location[:-1]:
-        annotation = section.model_fields[name].annotation
-        options = getattr(annotation, "__args__", (annotation,))  # `Section | None` has two
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return list(section.model_fields)
+        raise ConfigError("\n".join(sentences(error, Config, tree))) from None

@@ -3,7 +3,7 @@
 Shapes: N pairs, L text length, P patches, D width, E embedding width, R pairs to match.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipelines.batch import Record
 from data_pipelines.heldout import HeldoutData
+from pretrain.captioning import look, same_captions, write_captions
 from pretrain.models.layer import COUNTS, Architecture, Flow
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import ALONE, Mesh
@@ -19,6 +20,7 @@ from pretrain.scores import Score
 from pretrain.zero_shot import Prompts, zero_shot_accuracy
 
 BATCH = 64  # pairs in one forward pass of the towers
+BEAMS = {"greedy": 1, "3 beams": 3}  # ways to write a caption
 EMBEDDINGS = ("image_embeddings", "text_embeddings")
 PAIR = "pairs/"  # pairs/x is x of each pair's caption
 
@@ -104,7 +106,37 @@ def all_scores(engine: Engine, mesh: Mesh, data: HeldoutData, split: Encoded, re
     titles = {"masked_lm": "masked-LM accuracy", "captioning": "captioning accuracy, each piece given those before"}
     for name, (right, asked) in split.counts.items():
         scores.append(Score(titles[name], right / max(asked, 1), 1 / data.tokenizer.vocab_size))
+    if "caption_logits" in written:
+        scores += written_captions(engine, mesh, data)
     return scores
+
+
+def written_captions(engine: Engine, mesh: Mesh, data: HeldoutData) -> list[Score]:
+    """Share of the captions that the model writes to the letter; the ranks share the work."""
+    tokenizer, right = data.tokenizer, torch.zeros(len(BEAMS), dtype=torch.int64, device=mesh.device)
+
+    def run(want: Collection[str], have: Flow) -> Flow:
+        return engine.run(want, [have])[0]
+
+    marks = {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id}
+    for number, batch in enumerate(data.batches(BATCH, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)):
+        columns = batch.to(mesh.device).tensors
+        images, text = columns["images"], columns["text"]
+        rows = max(0, len(data) - BATCH * (mesh.dp.rank + number * mesh.dp.size))  # those behind wrap around
+        seen = look(run, engine.architecture, images)
+        for way, beams in enumerate(BEAMS.values()):
+            written = write_captions(
+                run,
+                seen,
+                vocabulary=tokenizer.vocab_size,
+                **marks,
+                length=text.shape[1],
+                beams=beams,
+                group=mesh.tp.group,
+            )
+            right[way] += same_captions(written, text)[:rows].sum()
+    shares = (mesh.dp.sum(right) / len(data)).tolist()
+    return [Score(f"captions to the letter, {way}", share, 0.0) for way, share in zip(BEAMS, shares, strict=True)]
 
 
 def rerankers(engine: Engine, mesh: Mesh, split: Encoded, gallery: Gallery) -> tuple[Reranker, Reranker]:

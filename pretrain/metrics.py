@@ -1,7 +1,6 @@
 """What a run says of itself: a line on the screen, metrics.jsonl, TensorBoard. Units are in the names."""
 
 import json
-import math
 import os
 import resource
 import threading
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import cannot_write
+from data_pipelines.text import to_json
 from pretrain.config import Config
 from pretrain.screen import say
 
@@ -95,10 +95,10 @@ class Metrics:
 
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
-        lines = (json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) for sample in samples)
+        lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
         with (
             self._surviving_a_full_disk(),
-            (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file,
+            (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file,
         ):
             file.write("".join(f"{line}\n" for line in lines))
 
@@ -167,9 +167,7 @@ def _epochs(values: Mapping[str, float]) -> str:
 
 
 def _json(values: dict[str, float]) -> bytes:
-    """A line of JSON, which has no infinity and no NaN."""
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+    return to_json(values).encode() + b"\n"
 
 
 def _append(file: BinaryIO, line: bytes, instead_of: bytes = b"") -> None:

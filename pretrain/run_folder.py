@@ -14,6 +14,7 @@ from typing import TextIO
 
 from data_pipelines.errors import DataError, cannot_write
 from data_pipelines.manifest import write_atomically
+from data_pipelines.text import to_json
 from pretrain.errors import StorageError
 from pretrain.screen import say
 
@@ -48,7 +49,7 @@ def claim(folder: Path) -> TextIO:
             return lock
     with suppress(OSError):  # a full disk: the lock holds, without a name on it
         lock.truncate(0)
-        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T %Z")}))
+        lock.write(to_json({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T %Z")}))
         lock.flush()
     return lock
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from rich.table import Table
 
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.manifest import Manifest, normalised, write_atomically
+from data_pipelines.text import to_json
 
 HELDOUT = "heldout"  # the name of the split that the run's config names
 
@@ -50,10 +49,7 @@ def write(path: Path, scores: list[Score], *, checkpoint: Path, data: HeldoutDat
     Raises:
         DataError: the file cannot be written.
     """
-    figures = {
-        score.name: {"value": score.value if math.isfinite(score.value) else None, "chance": score.chance}
-        for score in scores
-    }
+    figures = {score.name: {"value": score.value, "chance": score.chance} for score in scores}
     content = {
         "checkpoint": str(checkpoint),
         "manifest": str(data.manifest.path),
@@ -62,5 +58,5 @@ def write(path: Path, scores: list[Score], *, checkpoint: Path, data: HeldoutDat
         "bad_samples": len(data.bad),
         "scores": figures,
     }
-    text = json.dumps(content, indent=1, allow_nan=False)
+    text = to_json(content, indent=1)
     write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))

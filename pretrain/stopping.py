@@ -10,13 +10,17 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Whether this process was told to stop. Listens from the moment it is made."""
+    """Whether this process was told to stop. Listens from the moment it is made.
+
+    A signal that was ignored when the run started, as a shell ignores Ctrl-C for its background jobs, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._interrupts = False
-        signal.signal(signal.SIGTERM, self._hear)
-        signal.signal(signal.SIGINT, self._hear)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._hear)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:

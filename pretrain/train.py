@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, named
 from data_pipelines.heldout import HeldoutData
 from data_pipelines.loader import TrainingData
 from pretrain.batch_spec import batch_spec, vocabulary_of
@@ -80,7 +80,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
     )
     if config.data.heldout is None:
         return data, None
-    heldout = HeldoutData(spec)
+    with named("data.heldout"):
+        heldout = HeldoutData(spec)
     heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data, heldout
 

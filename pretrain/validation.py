@@ -4,6 +4,7 @@ All ranks take part in every batch, so they agree before each one: a request to 
 read ends the evaluation, never the run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +61,7 @@ def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_r
     return Validation(losses, counts, retrieval)
 
 
-def _agree(mesh: Mesh, stop: Stop, read) -> Batch | None:
+def _agree(mesh: Mesh, stop: Stop, read: Callable[[], Batch | None]) -> Batch | None:
     """This rank's next batch, if every rank has one and none was told to stop."""
     batch, problem = None, ""
     try:

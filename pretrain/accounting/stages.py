@@ -1,26 +1,13 @@
-"""How a step lies on the ranks: which layers a pipeline stage has, which samples a rank, and what is run twice."""
+"""How a step lies on the ranks: which samples a rank has, and which layers a stage of a pipeline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
-from pretrain.accounting.layers import LayerCost, measure_layers
+from pretrain.accounting.layers import Layout, measure_forward
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 from pretrain.models.layer import Architecture, Layer
 from pretrain.models.towers import Vocabulary
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the samples of a step and the layers of the model lie on the ranks."""
-
-    data_parallel: int
-    tensor_parallel: int
-    pipeline_parallel: int
-    micro_batch: int
-    """Samples of a micro-step on a rank."""
-    micro_steps: int
 
 
 def layout_of(config: Config, world: int) -> Layout:
@@ -50,8 +37,8 @@ def cut_into_stages(
             f"engine.pipeline_parallel {num_stages} is more than the {len(layers)} layers of the model: set it to "
             f"{len(layers)} or less."
         )
-    costs = tuple(cost.forward_flops for cost in measure_layers(config, vocabulary))
-    return [layers[cut.start : cut.stop] for cut in cut_evenly(costs, num_stages)]
+    flops = measure_forward(config, vocabulary).flops
+    return [layers[part.start : part.stop] for part in cut_evenly(tuple(flops.values()), num_stages)]
 
 
 @cache
@@ -79,26 +66,3 @@ def _fill(costs: Sequence[float], num_parts: int, bound: float) -> list[range]:
         parts.append(range(start, stop))
         stop = start
     return parts[::-1] if stop == 0 else []
-
-
-def step_flops(config: Config, costs: Sequence[LayerCost]) -> float:
-    """FLOPs a sample that a training step executes: three forward passes' and what is computed again."""
-    again = config.engine.activation_checkpointing
-    flops = sum(3 * cost.forward_flops + (cost.recomputed_flops if again else 0) for cost in costs)
-    return flops + sum(share * cost.forward_flops for cost, share in first_pass(config, costs))
-
-
-def two_passes(config: Config) -> bool:
-    """Whether the towers run over the whole global batch first, to contrast it."""
-    return config.objectives.contrastive.negatives == "global_batch"
-
-
-def first_pass(config: Config, costs: Sequence[LayerCost]) -> list[tuple[LayerCost, float]]:
-    """What runs once more, without gradient, to contrast the global batch, and on which share of a layer's rows.
-
-    Masked captions, half of the text tower's rows, are left out.
-    """
-    if not two_passes(config):
-        return []
-    shares = {"image_": 1.0, "text_": 1.0 if config.objectives.masked_lm is None else 0.5}
-    return [(cost, share) for cost in costs for tower, share in shares.items() if cost.name.startswith(tower)]

@@ -18,7 +18,7 @@ from pretrain.config import Config
 from pretrain.models.blocks import Block
 from pretrain.models.heads import contrast, masked_lm, matching, objectives_of
 from pretrain.models.layer import Architecture, Groups, Layer, Rows, join, split
-from pretrain.models.pairs import mining, own_images, pair_up
+from pretrain.models.pairs import mining, own_images, pair_up, see
 from pretrain.models.towers import Vocabulary, image_tower, text_tower
 
 CAPTIONS = Rows("captions", {"clean": 1, "masked": 1})
@@ -47,6 +47,7 @@ def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Arch
         layers += [
             mining(config, objectives.matching.pool, groups.samples),
             pair_up(config, objectives.matching.pool, groups.samples, ("caption_tokens", "caption_mask")),
+            see(config, objectives.matching.pool, groups.samples, FUSED, "pairs"),
         ]
     if objectives.masked_lm:
         layers.append(own_images("own_image"))

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.collectives import Group, share_of
-from pretrain.config import Config, ContrastiveConfig, ObjectivesConfig
-from pretrain.models.layer import COUNTS, LOSS, Layer, Objective, WiringError
-from pretrain.models.towers import ImageProject, TextProject
+from pretrain.collectives import Group
+from pretrain.config import CaptioningConfig, Config, ContrastiveConfig, ObjectivesConfig
+from pretrain.models.layer import COUNTS, LOSS, TARGETS, Layer, Objective, WiringError
+from pretrain.models.towers import ImageProject, TextProject, Vocabulary
+from pretrain.objectives.captioning import captioning_loss
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.masked_lm import masked_lm_loss
 from pretrain.objectives.matching import matching_loss
@@ -99,7 +100,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, width: int, vocabulary: int, group: Group) -> None:
         """`group`: the ranks that the vocabulary is cut over."""
         super().__init__()
-        self.group, self.start = group, share_of(vocabulary, group)[0]
+        self.vocabulary, self.group = vocabulary, group
         self.norm = nn.LayerNorm(width)
         self.transform = nn.Linear(width, width)
         self.transform_norm = nn.LayerNorm(width)
@@ -110,18 +111,49 @@ class MaskedLMHead(nn.Module):
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         hidden = F.gelu(self.transform(self.norm(tokens[rows, positions])))
         logits = self.decode(self.transform_norm(hidden))  # (B, K, V), or this rank's share of V
-        return masked_lm_loss(logits, targets, self.group, self.start)
+        return masked_lm_loss(logits, targets, self.vocabulary, self.group)
 
 
-def contrast(config: Config, tokens: str, group: Group) -> list[Layer]:
-    """From `image_tokens` and captions' tokens, which are named, to embeddings and the contrastive loss."""
+class CaptionHead(nn.Module):
+    """Says of each token of a caption which one follows."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.decode = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(R, L, D) -> (R, L, V) logits, or this rank's share of V."""
+        return self.decode(self.norm(tokens))
+
+
+class CaptionLoss(nn.Module):
+    def __init__(self, config: CaptioningConfig, vocabulary: Vocabulary, group: Group) -> None:
+        """`group`: the ranks that the vocabulary is cut over."""
+        super().__init__()
+        self.loss = partial(
+            captioning_loss,
+            pad=vocabulary.pad,
+            vocabulary=vocabulary.size,
+            group=group,
+            smoothing=config.label_smoothing,
+        )
+
+    def forward(self, logits: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, L, V) logits or a share of them, (R, L) the captions, (1,) target tokens of an average micro-batch."""
+        return self.loss(logits, ids, targets)
+
+
+def contrast(config: Config, tokens: str, group: Group, image_tokens: str = "image_tokens") -> list[Layer]:
+    """From captions' and images' tokens, which are named, to embeddings and the contrastive loss."""
     model, contrastive = config.model, config.objectives.contrastive
     if contrastive is None:
         raise WiringError("its embeddings need objectives.contrastive, which is off: switch it on")
+    assert model.embed
     scalars = ("log_scale", "bias") if contrastive.loss == "sigmoid" else ("log_scale",)
     image, text = (model.image.width, model.embed), (model.text.width, model.embed)
     return [
-        Layer("image_project", partial(ImageProject, *image), ("image_tokens",), ("image_embeddings",)),
+        Layer("image_project", partial(ImageProject, *image), (image_tokens,), ("image_embeddings",)),
         Layer("text_project", partial(TextProject, *text), (tokens,), ("text_embeddings",)),
         Layer("temperature", partial(Temperature, contrastive), (), scalars),
         Layer(
@@ -146,3 +178,14 @@ def masked_lm(width: int, vocabulary: int, tokens: str, group: Group) -> Layer:
     """The masked-language-model objective over masked captions, whose fused tokens are named."""
     reads = (tokens, "masked_positions", "masked_targets")
     return Layer("masked_lm_head", partial(MaskedLMHead, width, vocabulary, group), reads, reports("masked_lm"))
+
+
+def captioning(
+    config: CaptioningConfig, width: int, vocabulary: Vocabulary, tokens: str, ids: str, group: Group
+) -> list[Layer]:
+    """The captioning objective over captions whose decoded tokens and ids are named; see `captioning_loss`."""
+    loss = partial(CaptionLoss, config, vocabulary, group)
+    return [
+        Layer("caption_head", partial(CaptionHead, width, vocabulary.size), (tokens,), ("caption_logits",)),
+        Layer("caption_loss", loss, ("caption_logits", ids, TARGETS + "captioning"), reports("captioning")),
+    ]

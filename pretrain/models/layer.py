@@ -7,6 +7,7 @@ between two pipeline stages, what a first pass over the global batch has to run,
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,10 +67,13 @@ class Layer(NamedTuple):
     """The rows that it sees: `forward` is told their spans behind what it reads."""
     by_kind: Literal["", "reads", "writes"] = ""
     """reads: it joins the kinds of `rows`; what it reads comes kind by kind. writes: it takes them apart again."""
+    only: Mapping[str, Collection[str]] = MappingProxyType({})
+    """Of the last of `reads`, those that only some kinds of rows need, and which: without them, they are left out."""
 
     def read(self, kinds: Collection[str]) -> list[str]:
         """What it reads, if it sees rows of these kinds alone."""
-        return self._of_kinds(self.reads, kinds) if self.by_kind == "reads" else list(self.reads)
+        names = self._of_kinds(self.reads, kinds) if self.by_kind == "reads" else self.reads
+        return [name for name in names if name not in self.only or set(kinds) & set(self.only[name])]
 
     def written(self, kinds: Collection[str]) -> list[str]:
         """What it then writes."""
@@ -99,6 +103,10 @@ class Call(NamedTuple):
     """What it reads in this pass."""
     after: frozenset[str]
     """What later layers read or the caller wants, at the moment after this layer."""
+
+    def crossing(self, have: Collection[str]) -> frozenset[str]:
+        """What crosses a border between pipeline stages behind this layer, if all of them `have` the same."""
+        return self.after - set(have)
 
 
 class Objective(NamedTuple):
@@ -217,6 +225,8 @@ def check(architecture: Architecture, columns: Collection[str]) -> None:
     Raises:
         WiringError: the first layer that does not fit, and the way out.
     """
+    for layer in architecture.layers:  # what is left out must not shift what is not
+        assert set(layer.reads[len(layer.reads) - len(layer.only) :]) == layer.only.keys()
     brought = {*columns, *(TARGETS + objective.name for objective in architecture.objectives)}
     writers = {name: layer.name for layer in architecture.layers for name in layer.writes}
     known = brought | architecture.handed_on

@@ -1,4 +1,4 @@
-"""Pairs of captions and images for the matching objective: the true ones, and hard negatives of both sides.
+"""Pairs of captions and images for the matching objective: true ones, and hard negatives of both sides or random ones.
 
 Shapes: B samples on this rank, G on all ranks that a pool lies on, R = 3 B rows [match; negative image; negative text],
 P patches, D width, E embedding width.
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pretrain.collectives import Group, Route, fetch, find_route
 from pretrain.config import Config
 from pretrain.models.heads import IDENTITY
-from pretrain.models.layer import Layer
+from pretrain.models.layer import Layer, Rows, Spans
 from pretrain.objectives.contrastive import Identity
-from pretrain.objectives.matching import mine_hard_negatives
+from pretrain.objectives.matching import draw_images, mine_hard_negatives
 
 NEGATIVES = ("negative_images", "negative_texts", "negatives_valid")
 
@@ -44,7 +44,7 @@ class Mining(nn.Module):
 
 
 class PairUp(nn.Module):
-    """Lays out the pairs. What of a negative lies on another rank is fetched, and its gradient returned."""
+    """Lays out the pairs. Captions that lie on another rank are fetched, and their gradients returned."""
 
     def __init__(self, group: Group) -> None:
         """`group`: the ranks that a pool lies on; None if every pool lies on one."""
@@ -52,26 +52,25 @@ class PairUp(nn.Module):
         self.group = group
 
     def forward(
-        self, negative_images: Tensor, negative_texts: Tensor, valid: Tensor, images: Tensor, *captions: Tensor
+        self, negative_images: Tensor, negative_texts: Tensor, valid: Tensor, *captions: Tensor
     ) -> tuple[Tensor, ...]:
-        """(B,) indices and flags, (B, P, D) images, and what there is of each caption.
+        """(B,) indices and flags, and what there is of each caption.
 
         Returns:
-            The (B or 2B, P, D) images that pairs look at; the image of each pair, (R,); 1 where they belong together,
-            (R,); 1 where a pair counts, (R,); and for each of `captions` that of each pair, (R, ...).
+            The image of each pair among those that are seen, (R,); 1 where they belong together, (R,); 1 where a pair
+            counts, (R,); and for each of `captions` that of each pair, (R, ...).
         """
-        B = len(images)
-        own = torch.arange(B, device=images.device)
-        others = [caption[negative_texts] for caption in captions] if self.group is None else []
-        if self.group is not None:
-            by_image, by_text = (find_route(rows, B, self.group) for rows in (negative_images, negative_texts))
-            images = torch.cat([images, fetch(images, by_image, self.group)])
+        B = len(valid)
+        own = torch.arange(B, device=valid.device)
+        if self.group is None:
+            others = [caption[negative_texts] for caption in captions]
+        else:
             negative_images = B + own
-            others = [_fetch_any(caption, by_text, self.group) for caption in captions]
+            route = find_route(negative_texts, B, self.group)
+            others = [_fetch_any(caption, route, self.group) for caption in captions]
         pairs = (torch.cat([caption, caption, other]) for caption, other in zip(captions, others, strict=True))
         ones = torch.ones_like(own)
         return (
-            images,
             torch.cat([own, negative_images, own]),
             torch.cat([ones, 0 * ones, 0 * ones]),
             torch.cat([ones, valid, valid]),
@@ -79,11 +78,43 @@ class PairUp(nn.Module):
         )
 
 
+class PairAtRandom(nn.Module):
+    """Shows half of the captions their own images, and the others those of other samples."""
+
+    def __init__(self, pool: int, seed: int, group: Group) -> None:
+        super().__init__()
+        self.pool, self.seed, self.group = pool, seed, group
+
+    def forward(
+        self, image_ids: Tensor, caption_ids: Tensor, positions: Tensor, *captions: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(B,) ids and positions, and what there is of each caption -> (B,) rows of G, then as PairUp, with R = B."""
+        identity = Identity(image_ids, caption_ids)
+        rows, label, valid = draw_images(identity, positions, self.pool, self.seed, self.group)
+        index = rows if self.group is None else len(rows) + torch.arange(len(rows), device=rows.device)
+        return rows, index, label, valid, *captions
+
+
+class See(nn.Module):
+    """The images that rows look at: this rank's and, behind them, those that other ranks lend its pairs."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, images: Tensor, lenders: Tensor | None = None, *, spans: Spans) -> Tensor:
+        """(B, P, D), and (B,) rows of G if there are pairs -> (B or 2B, P, D)."""
+        if self.group is None or lenders is None:
+            return images
+        route = find_route(lenders, len(images), self.group)
+        return torch.cat([images, fetch(images, route, self.group)])
+
+
 class OwnImages(nn.Module):
     """Each row looks at its own sample's image."""
 
-    def forward(self, positions: Tensor) -> Tensor:
-        return torch.arange(len(positions), device=positions.device)
+    def forward(self, text: Tensor) -> Tensor:
+        return torch.arange(len(text), device=text.device)
 
 
 def mining(config: Config, pool: int, group: Group, *, prior: bool = False) -> Layer:
@@ -94,15 +125,32 @@ def mining(config: Config, pool: int, group: Group, *, prior: bool = False) -> L
 
 
 def pair_up(config: Config, pool: int, group: Group, captions: tuple[str, ...]) -> Layer:
-    """From negatives, `image_tokens` and what is named of each caption, x, to `seen` images and pairs/x."""
+    """From negatives and what is named of each caption, x, to pairs/x."""
     module = partial(PairUp, _group_of_pool(config, pool, group))
-    writes = ("seen", "pairs/image", "pairs/label", "pairs/valid", *(f"pairs/{name}" for name in captions))
-    return Layer("pair_up", module, (*NEGATIVES, "image_tokens", *captions), writes)
+    return Layer("pair_up", module, (*NEGATIVES, *captions), _pairs_of(captions))
+
+
+def pair_at_random(config: Config, pool: int, group: Group, captions: tuple[str, ...]) -> Layer:
+    """From what is named of each caption, x, to pairs/x, with images for which no similarity is needed."""
+    module = partial(PairAtRandom, pool, config.seed, _group_of_pool(config, pool, group))
+    writes = ("negative_images", *_pairs_of(captions))
+    return Layer("pair_at_random", module, (*IDENTITY, "positions", *captions), writes)
+
+
+def see(config: Config, pool: int, group: Group, rows: Rows, pairs: str) -> Layer:
+    """From `image_tokens` to the images that are `seen`: with negatives' only if there are rows of the kind `pairs`."""
+    module = partial(See, group := _group_of_pool(config, pool, group))
+    only = {"negative_images": (pairs,)} if group else {}
+    return Layer("see", module, ("image_tokens", *only), ("seen",), rows=rows, only=only)
 
 
 def own_images(name: str) -> Layer:
     """The image of each row of which every sample has one, under a name."""
-    return Layer("own_images", OwnImages, ("positions",), (name,))
+    return Layer("own_images", OwnImages, ("text",), (name,))
+
+
+def _pairs_of(captions: tuple[str, ...]) -> tuple[str, ...]:
+    return "pairs/image", "pairs/label", "pairs/valid", *(f"pairs/{name}" for name in captions)
 
 
 def _group_of_pool(config: Config, pool: int, group: Group) -> Group:

@@ -1,6 +1,6 @@
 """The two towers: an image becomes patch tokens, a caption becomes text tokens, and each an embedding.
 
-Shapes: B images, P patches, R text rows, L text length, D width, E embedding width.
+Shapes: B images, P patches, S tokens of an image, R text rows, L text length, D width, E embedding width.
 """
 
 from functools import partial
@@ -72,14 +72,14 @@ class Norm(nn.Module):
 
 
 class ImageProject(nn.Module):
-    """The mean over patches, on the unit sphere of the space in which images and captions are compared."""
+    """The mean over an image's tokens, on the unit sphere of the space in which images and captions are compared."""
 
     def __init__(self, width: int, embed: int) -> None:
         super().__init__()
         self.project = nn.Linear(width, embed, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, D) -> (B, E) float32, unit length."""
+        """(B, S, D) -> (B, E) float32, unit length."""
         return F.normalize(self.project(tokens.mean(dim=1)).float(), dim=1)
 
 
@@ -106,19 +106,22 @@ def image_tower(config: ImageTowerConfig) -> list[Layer]:
     ]
 
 
-def text_tower(config: TextTowerConfig, vocabulary: Vocabulary, ids: str, stack: int) -> list[Layer]:
-    """From token ids to `text`, the tokens, and `text_mask`, what each of them sees.
+def text_tower(
+    config: TextTowerConfig, vocabulary: Vocabulary, ids: str, stack: int, embed: type[TextEmbed] = TextEmbed
+) -> list[Layer]:
+    """From token ids to `text_tokens`, and `text_mask`, what each of them sees.
 
     Args:
         config: the tower's section.
         vocabulary: the tokenizer's.
         ids: what to read.
         stack: blocks that add to these tokens, those behind the tower included.
+        embed: what makes tokens and mask of the ids.
     """
-    embed = partial(TextEmbed, config.width, config.length, vocabulary)
+    first = partial(embed, config.width, config.length, vocabulary)
     block = partial(Block, config.width, config.heads, stack=stack)
     return [
-        Layer("text_embed", embed, (ids,), ("text_tokens", "text_mask")),
+        Layer("text_embed", first, (ids,), ("text_tokens", "text_mask")),
         *[
             Layer(f"text_block_{i}", block, ("text_tokens", "text_mask"), ("text_tokens",), recompute=True)
             for i in range(config.depth)

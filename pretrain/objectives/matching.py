@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pretrain.collectives import Group, all_gather, row_offset
 from pretrain.objectives.contrastive import Identity
-from pretrain.objectives.noise import gumbel
+from pretrain.objectives.noise import gumbel, hashed
 
-MAX_PAIRS = 1 << 22  # at a time: noise and scores take up to 92 bytes a pair, 25 GB for 4,096 rows against 65,536
+MAX_PAIRS = 1 << 22  # at a time: noise and scores take up to 92 bytes per pair, 25 GB for 4,096 rows against 65,536
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,31 @@ def mine_hard_negatives(
         drawn.append(found)
     valid, text_rows, image_rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     return HardNegatives(image_rows, text_rows, valid)
+
+
+@torch.no_grad()
+def draw_images(
+    identity: Identity, positions: Tensor, pool: int, seed: int, group: Group = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Half of each pool, rounded down, keep their own images; the others are shown another sample's, any at random.
+
+    Args: as for `mine_hard_negatives`.
+
+    Returns:
+        Which of the G rows has the image that is shown, 1 where it is the sample's own, and 0 where there is no other
+        image to show; all (B,) int64.
+    """
+    alike = torch.zeros(len(positions), 1, device=positions.device)  # all images look equally right
+    found = mine_hard_negatives(alike, alike, alike[0], identity, positions, pool, seed, group)
+    B, others = len(positions), all_gather(positions, group)  # (G,)
+    pools = (others - others.min()) // pool
+    by_noise = hashed(seed, others, others.new_tensor(2)).argsort()
+    order = by_noise[pools[by_noise].argsort(stable=True)]  # pool by pool, at random inside
+    kept = torch.empty_like(order)
+    kept[order] = (torch.arange(len(order), device=order.device) % pool < pool // 2).long()
+    own = row_offset(B, group) + torch.arange(B, device=order.device)
+    kept = kept[own]
+    return torch.where(kept == 1, own, found.image_rows), kept, kept | found.valid.long()
 
 
 def matching_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ a node, and those farthest apart a pp axis, which crosses nodes first.
 import ctypes
 import os
 import signal
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -95,7 +94,7 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
     if node_size % tp_size:
         raise ConfigError(
             f"engine.tensor_parallel {tp_size} does not divide the {node_size} processes of a node: set it to a "
-            f"divisor, or start another number of processes a node."
+            f"divisor, or start another number of processes per node."
         )
     ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
     pp_rank, dp_rank, tp_rank = (ranks == world.rank).nonzero()[0].tolist()
@@ -134,8 +133,6 @@ def start_mesh(engine: EngineConfig) -> Mesh:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ[name] = value
         os.environ.setdefault("MASTER_PORT", "0")
-    # torch 2.13 renames two collectives that older versions and DeepSpeed call by their old names, at every call.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     dist.init_process_group(backend, timeout=TIMEOUT)
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)

@@ -59,8 +59,8 @@ class Stage(nn.Module):
 
     def _crossing(self, calls: Sequence[Call], have: Flow, stage: int) -> frozenset[str]:
         """What crosses the border before a stage: all that was made before it and is read or wanted from it on."""
-        before = [call.after for call in calls if self.stage_of[call.layer.name] < stage]
-        return before[-1] - have.keys() if before else frozenset()
+        before = [call for call in calls if self.stage_of[call.layer.name] < stage]
+        return before[-1].crossing(have) if before else frozenset()
 
 
 class Link:

@@ -105,10 +105,15 @@ def build_part(spec: Layer, seed: int, device: torch.device, group: Group) -> tu
         The layer, and the parts by canonical parameter name.
     """
     layer = build_layer(spec, seed, device)
+    return layer, cut(spec.name, layer, group)
+
+
+def cut(layer_name: str, layer: nn.Module, group: Group) -> dict[str, Part]:
+    """Exchanges a whole layer's modules for this rank's parts; says which parts those are, by canonical name."""
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     if group is not None:
         for path, module in list(layer.named_modules()):
-            name = f"{spec.name}.{path}"
+            name = f"{layer_name}.{path}"
             kind = next((kind for end, kind in PLAN.items() if name.endswith(end)), None)
             if kind:
                 parent, _, leaf = path.rpartition(".")
@@ -122,8 +127,8 @@ def build_part(spec: Layer, seed: int, device: torch.device, group: Group) -> tu
             offset[dim] = share_of(shape[dim], group)[0]
         # DeepSpeed counts a parameter in the gradient norm on every rank if it carries this mark, else on one.
         parameter.tensor_model_parallel = dim is not None  # pyright: ignore[reportAttributeAccessIssue]
-        parts[f"{spec.name}.{name}"] = Part(shape, tuple(offset), size, dim is not None)
-    return layer, parts
+        parts[f"{layer_name}.{name}"] = Part(shape, tuple(offset), size, dim is not None)
+    return parts
 
 
 def _part(full: Tensor, dim: int, start: int, stop: int) -> nn.Parameter:

@@ -33,6 +33,7 @@ from pretrain.parallel.tensor import whole
 from pretrain.synthetic import made_up_batch
 
 STEPS, FEWER_STEPS = 10, 6
+GLOBAL = ("albef", "blip", "coca")  # those that contrast a global batch, with more than that to do
 README = Path(__file__).parents[2] / "README.md"
 RANKS = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 WANTED = ("image_embeddings", "match_logits", "counts/masked_lm")
@@ -50,8 +51,11 @@ def references():
 
 @pytest.fixture(scope="module")
 def whole_batch():
-    """Plain PyTorch takes the whole batch at once, which needs no second pass."""
-    return plain_curve(tiny_config(training__accumulation=1), FEWER_STEPS)
+    """By architecture. Plain PyTorch takes the whole batch at once, which needs no second pass."""
+    return {
+        name: plain_curve(tiny_config(training__accumulation=1, **ARCHITECTURES[name].changes), FEWER_STEPS)
+        for name in GLOBAL
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +128,16 @@ def test_its_steps_are_those_of_one_process(request, references, saved, tmp_path
         assert [name for name, tensor in stored.items() if not torch.equal(tensor, loaded[name])] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, whole_batch, layout):
+@pytest.mark.parametrize(
+    ("architecture", "layout"), [(name, layout) for name in GLOBAL for layout in ARCHITECTURES[name].layouts]
+)
+def test_with_negatives_of_the_global_batch_accumulation_is_the_whole_batch(request, whole_batch, architecture, layout):
     ranks, changes = LAYOUTS[layout]
     accumulation = 2 if ranks == "four_ranks" else 4
-    config = tiny_config(training__accumulation=accumulation, **GLOBAL_NEGATIVES, **changes)
+    own = ARCHITECTURES[architecture].changes
+    config = tiny_config(training__accumulation=accumulation, **own, **GLOBAL_NEGATIVES, **changes)
     for curve in request.getfixturevalue(ranks).run(engine_curve, config, FEWER_STEPS):
-        assert_same_curve(curve, whole_batch)
+        assert_same_curve(curve, whole_batch[architecture])
 
 
 def evaluated(mesh, changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed.tiny import assert_same_curve, engine_curve, plain_curve, tiny_config
+from distributed.tiny import ARCHITECTURES, assert_same_curve, engine_curve, plain_curve, tiny_config
 from pretrain.collectives import all_gather, all_gather_with_gradient, fetch, find_route
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.matching import mine_hard_negatives
@@ -55,6 +55,14 @@ def test_without_masked_lm_the_fetched_captions_are_found_too(two_ranks):
     config = pool_config(32, engine__zero_stage=0, objectives__masked_lm=None)
     for curve in two_ranks.run(engine_curve, config, STEPS):
         assert_same_curve(curve, plain_curve(config, STEPS))
+
+
+@pytest.mark.parametrize("architecture", ["blip", "vilt"])
+def test_other_architectures_find_the_pairs_of_one_process_too(two_ranks, architecture):
+    config = pool_config(16, engine__zero_stage=0, **ARCHITECTURES[architecture].changes)
+    reference = plain_curve(config, STEPS)
+    for curve in two_ranks.run(engine_curve, config, STEPS):
+        assert_same_curve(curve, reference)
 
 
 def negatives(mesh, pool):

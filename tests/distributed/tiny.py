@@ -25,6 +25,15 @@ from pretrain.synthetic import made_up_batch
 VOCABULARY = Vocabulary(61)
 GRAIN = 4
 CLIP = {"model__architecture": "clip"}
+BLIP = {"model__architecture": "blip", "model__text__depth": 2}
+COCA = {"model__architecture": "coca", "objectives__captioning": {"weight": 2.0, "label_smoothing": 0.1}}
+VILT = {
+    "model__architecture": "vilt",
+    "model__image__depth": 0,
+    "model__text__depth": 0,
+    "model__joint": {"depth": 2, "heads": 2},
+    "model__embed": None,
+}
 
 
 class Architecture(NamedTuple):
@@ -35,7 +44,13 @@ class Architecture(NamedTuple):
 
 
 SOME_LAYOUTS = ("ZeRO-3 x dp 2", "ZeRO-1 x tp 2 x dp 2", "ZeRO-1 x pp 2")
-ARCHITECTURES = {"albef": Architecture({}, LAYOUTS), "clip": Architecture(CLIP, LAYOUTS)}
+ARCHITECTURES = {
+    "albef": Architecture({}, LAYOUTS),
+    "clip": Architecture(CLIP, LAYOUTS),
+    "blip": Architecture(BLIP, SOME_LAYOUTS),
+    "coca": Architecture(COCA, SOME_LAYOUTS),
+    "vilt": Architecture(VILT, SOME_LAYOUTS),
+}
 GLOBAL_NEGATIVES = {"objectives__contrastive__negatives": "global_batch"}
 
 
@@ -121,9 +136,9 @@ def assert_same_curve(curve: list[Point], reference: list[Point]) -> None:
         assert here.counts == expected.counts
 
 
-def build(config: Config) -> Model:
+def build(config: Config, vocabulary: Vocabulary = VOCABULARY) -> Model:
     """All layers in one process, on the CPU."""
-    architecture, cpu = architecture_of(config, VOCABULARY), torch.device("cpu")
+    architecture, cpu = architecture_of(config, vocabulary), torch.device("cpu")
     return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
 
 
@@ -140,7 +155,7 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
     curve = []
     for step in range(steps):
         reports = []
-        for have, stand_ins in prepare(model, micro_batches(step, config), ALONE, partial(_run_each, model)):
+        for have, stand_ins in prepare(model, micro_batches(step, config), ALONE, partial(run_each, model)):
             report = model(have, stand_ins)
             (report.loss / config.training.accumulation).backward()
             reports.append(report)
@@ -155,5 +170,5 @@ def plain_curve(config: Config, steps: int) -> list[Point]:
 
 
 @torch.no_grad()
-def _run_each(model: Model, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
+def run_each(model: Model, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:
     return [model.run(want, batch) for batch in batches]

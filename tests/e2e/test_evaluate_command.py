@@ -110,3 +110,19 @@ def test_a_run_without_any_tokenizer_says_which_one_it_needs(moved, corpus):
     assert "is not at" in result.err
     assert "data.tokenizer=PATH" in result.err
     assert run("pretrain", "evaluate", copy, *split, f"data.tokenizer={corpus / 'tokenizer.model'}").code == 0
+
+
+def test_a_run_that_learns_to_write_captions_is_judged_by_those_it_writes(corpus, tmp_path):
+    tree = tiny_run(corpus, tmp_path / "run")
+    tree["model"] |= {"architecture": "coca", "fusion": None, "decoder": {"depth": 1, "heads": 2, "queries": 4}}
+    config = write_config(tree, tmp_path / "run.yaml")
+    result = run("pretrain", "train", config.path, "training.steps=6", "engine.zero_stage=0")
+    assert result.code == 0, result.err
+    result = run("pretrain", "evaluate", config.output)
+    assert result.code == 0, result.err
+    (report,) = (json.loads(path.read_text()) for path in config.output.glob("evaluation-*.json"))
+    scores = report["scores"]
+    assert 0 < scores["captioning accuracy, each piece given those before"]["value"] < 1
+    for way in ("greedy", "3 beams"):
+        assert 0 <= scores[f"captions to the letter, {way}"]["value"] < 0.5
+        assert f"captions to the letter, {way}" in result.out

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.torchrun import explain
 from pretrain.config import load_config, parse_config
 
 README = Path("README.md").read_text()
@@ -30,6 +32,13 @@ def test_a_command_exists_with_its_options(command):
     match program:
         case "make":
             subprocess.run(["make", "--dry-run", *arguments], check=True, capture_output=True)
+        case "python3":
+            assert arguments[:2] == ["-m", "venv"]
+        case "pip":
+            usage = subprocess.run([sys.executable, "-m", "pip", "install", "--help"], check=True, capture_output=True)
+            assert arguments[0] == "install"
+            for option in (word for word in arguments if word.startswith("--")):
+                assert option in usage.stdout.decode()
         case "python" if arguments[1:3] == ["launch", "plan"]:
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         case "python" if arguments[1] == "launch":
@@ -51,8 +60,8 @@ def test_a_command_exists_with_its_options(command):
             assert subcommand in ("train", "doctor")
             load_config(Path(arguments[-1]))
         case "tensorboard":
-            assert arguments == ["--logdir", "runs/demo"]
-            assert str(load_config(Path("configs/demo.yaml")).output) == "runs/demo"
+            assert arguments == ["--logdir", "runs"]
+            assert {load_config(path).output.parent for path in Path("configs").glob("*.yaml")} == {Path("runs")}
         case _:
             raise AssertionError(f"nothing here checks {program}")
 
@@ -68,7 +77,10 @@ def test_what_it_shows_of_a_config_is_accepted_as_one():
 
 
 def test_every_link_and_path_leads_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
+    headings = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
     paths = [
         word for word in INLINE if re.fullmatch(r"(pretrain|data_pipelines|launch|configs|tests|slurm)/[\w./]*", word)
     ]
@@ -77,10 +89,32 @@ def test_every_link_and_path_leads_somewhere():
         assert Path(path).exists(), path
 
 
+def test_every_recipe_is_in_the_table_with_its_own_size():
+    table = dict(re.findall(r"^\| `(configs/[^`]+)` \| ([^|]+) \|", README, flags=re.MULTILINE))
+    assert set(table) == {str(path) for path in Path("configs").glob("*.yaml")}
+    for path, model in table.items():
+        config = load_config(Path(path)).model
+        assert ("CLIP" in model) == (config.architecture == "dual_encoder")
+        assert all(size == config.size for size in re.findall(r"\w+/16", model))
+
+
+def test_the_demos_scores_are_those_of_its_config():
+    scores = dict(re.findall(r"^│ ([^│]*?) +│ ([\d.]+) │", README, flags=re.MULTILINE))
+    header = Path("configs/demo.yaml").read_text()
+    for name, said in (
+        ("text-to-image R@1", "text-to-image R@1 {} of 512"),
+        ("matching accuracy, random negatives", "matching accuracy {}"),
+        ("masked-LM accuracy", "masked-LM accuracy {}"),
+    ):
+        assert said.format(f"{float(scores[name]):.2f}") in header
+
+
 def test_every_exit_code_in_the_table_is_one_of_ours():
     from data_pipelines.errors import UserError
     from pretrain import errors
 
     ours = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)}
-    table = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
-    assert table == ours | {0}
+    table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, flags=re.MULTILINE))
+    assert set(map(int, table)) == ours | {0, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
+    for code in (3, 137, 143):  # the launcher's words are the README's
+        assert table[str(code)].rpartition(": ")[2].partition(", if")[0] in explain(code)

@@ -10,13 +10,16 @@ import time
 import traceback
 from collections import Counter
 from faulthandler import dump_traceback_later
+from functools import partial
 from pathlib import Path
 
 from data_pipelines.tokenizer import train_sentencepiece
 from fuzz.mutants import make_mutant
+from fuzz.sources import try_source
 from fuzz.trial import Bench, bounded_memory, try_mutant
 
 HANG_S = 300.0
+SHARDS_A_SOURCE = 20  # spoilt shards for each spoilt table or folder to pack, which takes longer
 
 
 def main(mutants: int, seed: int) -> None:
@@ -28,16 +31,21 @@ def main(mutants: int, seed: int) -> None:
         os.chdir(folder)
         train_sentencepiece((f"a red square above {number}" for number in range(500)), folder / "t.model", 40)
         bench = Bench.made(folder, folder / "t.model")
-        for number in range(mutants):
+
+        def spoilt_shard(number: int) -> None:
             mutant = make_mutant(number, seed)
             kinds[mutant.kind] += 1
+            try_mutant(bench, mutant, outcomes)
+
+        trials = [(spoilt_shard, mutants), (partial(try_source, folder, seed, outcomes), mutants // SHARDS_A_SOURCE)]
+        for trial, number in ((trial, number) for trial, count in trials for number in range(count)):
             start = time.process_time()
             dump_traceback_later(HANG_S, exit=True)  # even in C code
             try:
-                try_mutant(bench, mutant, outcomes)
+                trial(number)
             except Exception:
                 violations += 1
-                print(f"== mutant {number} of seed {seed}: {mutant.kind}", flush=True)
+                print(f"== {number} of seed {seed}: {trial}", flush=True)
                 traceback.print_exc()
             longest_s = max(longest_s, time.process_time() - start)
         os.chdir("/")

@@ -529,7 +529,16 @@ def _hostile_json(rng: Random, shard: Shard) -> bytes:
 
 def _concatenate(rng: Random, shard: Shard) -> bytes:
     other = rng.choice(shards()).data
-    return shard.data[: len(shard.data) - rng.choice((0, BLOCK, 2 * BLOCK))] + other
+    between = rng.choice((b"", bytes(BLOCK), bytes(20 * BLOCK), bytes(300), rng.randbytes(300)))
+    end = rng.choice((b"", b"", rng.randbytes(700), bytes(5 * BLOCK), other))
+    return shard.data[: len(shard.data) - rng.choice((0, 0, BLOCK, 2 * BLOCK))] + between + other + end
+
+
+def _scatter(rng: Random, shard: Shard) -> bytes:
+    entries = list(shard.entries)
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        entries.insert(rng.randrange(len(entries)), entries.pop(rng.randrange(len(entries))))
+    return pack(entries, shard.form)
 
 
 def _no_tar(rng: Random, shard: Shard) -> bytes:
@@ -567,6 +576,7 @@ KINDS: dict[str, Callable[[Random, Shard], bytes]] = {
     "odd members": _odd_member,
     "repeat a member": _repeat,
     "empty members": _empty_member,
+    "scatter members": _scatter,
     "path tricks": _path_trick,
     "pickles": _pickles,
     "hostile images": _hostile_image,

@@ -33,7 +33,11 @@ from fuzz.oracle import IMAGES, Found, UnusableError, captions, read_range, read
 
 CPU_LIMIT_S = 10.0  # of one mutant, read twice over in two ways; 12 ms are usual
 MEMORY_LIMIT_BYTES = 1 << 30  # of address space, beyond what the process has before
-DAMAGED = "the shard is damaged or cut short here"
+ENDS = {  # of a shard that is not whole
+    "damaged": "the shard is damaged or cut short here",
+    "no tar": "the file is no tar",
+    "trailing": "bytes that are no tar follow the end of the archive",
+}
 
 Outcome = Sample | str  # what `ShardReader.read` gives, or the kind of its error
 
@@ -77,11 +81,11 @@ def try_mutant(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> None:
 
 
 def _index_and_read(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> None:
-    found, damaged = read_shard(mutant.data)
+    found, end = read_shard(mutant.data)
     good = [sample for sample in found if not sample.fault]
     if mutant.kind == "damage a payload" and not mutant.twice:
         assert len(found) == len(TAGS[:-1])
-        assert not damaged
+        assert not end
     folder = bench.folder / "spoilt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -90,14 +94,14 @@ def _index_and_read(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> Non
     try:
         manifest, report = build_manifest([shard], folder / "manifest.json", processes=1)
     except DataError as error:
-        _check_sentence(error, shard)
+        check_sentence(error, shard)
         manifest, report = None, Report()
     assert (manifest is None) == (not good)
     if manifest is None:
         outcomes["nothing usable, refused"] += 1
         return
     manifest.save()
-    _check_report(report, found, damaged)
+    _check_report(report, found, end)
     outcomes["samples left out by the index"] += len(report.faults)
     _check_features(shard, found)
     _check_reading(bench, manifest, good, mutant, outcomes)
@@ -113,10 +117,9 @@ def _read_in_place(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> None
     _check_reading(bench, manifest, told, mutant, outcomes)
 
 
-def _check_report(report: Report, found: list[Found], damaged: bool) -> None:
-    faults = [(sample.key, sample.fault) for sample in found if sample.fault]
-    assert [(drop.key, drop.reason) for drop in report.faults if drop.reason != DAMAGED] == faults
-    assert [drop.reason for drop in report.faults].count(DAMAGED) == damaged
+def _check_report(report: Report, found: list[Found], end: str) -> None:
+    faults = [(sample.key, sample.fault) for sample in found if sample.fault] + ([("", ENDS[end])] if end else [])
+    assert [(fault.key, fault.reason) for fault in report.faults] == faults
 
 
 def _check_features(shard: Path, found: list[Found]) -> None:
@@ -167,7 +170,7 @@ def _check_training(bench: Bench, manifest: Manifest, told: Sequence[Found | str
     try:
         batch, again = (next(data.batches(data.initial_state())) for _ in range(2))
     except DataError as error:
-        _check_sentence(error, shard)
+        check_sentence(error, shard)
         batch = again = None
     assert (batch is None) == ("changed" in told or not any(usable))
     if batch is None or again is None:
@@ -212,16 +215,18 @@ def _read(manifest: Manifest, shard: Path) -> list[Outcome]:
         except SampleError as error:
             read.append(str(error))
         except DataError as error:
-            _check_sentence(error, shard)
+            check_sentence(error, shard)
             read.append("changed")
     reader.close()
     return read
 
 
-def _check_sentence(error: DataError, shard: Path) -> None:
+def check_sentence(error: DataError, source: Path) -> None:
+    """One line of bounded length that names the source."""
     message = str(error)
     assert message.isprintable(), message
-    assert str(shard) in message, message
+    assert len(message) < 1000 + 2 * len(str(source)), message
+    assert str(source) in message, message
 
 
 def _said(sample: Sample) -> tuple[str, ...]:

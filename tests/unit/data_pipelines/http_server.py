@@ -58,6 +58,7 @@ class ShardServer:
         self.faults: deque[Fault] = deque()
         self.always = Fault()
         self.has_etags = True
+        self.etags: deque[str] = deque()  # of the next answers, as of mirrors that take turns
         self.modified = ""  # Last-Modified of every file
         self.delay_s = 0.0  # before each answer
         self.requests: list[Request] = []
@@ -130,7 +131,8 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             if path not in shards.files:
                 return 404, {}, b"not here"
             content = shards.files[path]
-            headers = {"ETag": f'"{etag(content)}"'} if shards.has_etags else {}
+            version = shards.etags.popleft() if shards.etags else etag(content)
+            headers = {"ETag": f'"{version}"' if "/" not in version else f'{version}"'} if shards.has_etags else {}
             headers |= {"Last-Modified": shards.modified} if shards.modified else {}
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if not asked or fault.ignores_range:

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import statistics
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.census import Census, Distribution, script_of, take_census
+from data_pipelines.census import Census, Distribution, JsonField, script_of, take_census
 from data_pipelines.errors import DataError
 from data_pipelines.filters import Filters
 from data_pipelines.index import build_manifest
@@ -95,10 +94,12 @@ def test_sizes_lengths_formats_scripts_and_fields_are_what_was_written(tmp_path:
         "shard_bytes": ((tmp_path / "a.tar").stat().st_size,) * 3,
     }
     assert census.formats == {"JPEG": 2, "PNG": 1}
-    assert census.languages == {"Latin": 2, "Han": 1}
+    assert census.scripts == {"Latin": 2, "Han": 1}
     content = stats(tmp_path, "--language-field", "lang", output=tmp_path / "stats.json")
     assert content["languages"] == {"en": 1, "none": 1, "zh": 1}
-    assert content["json_fields"] == {"lang": 2 / 3, "x": 1 / 3}
+    assert content["scripts"] == census.scripts
+    assert content["json_fields"]["lang"] == {"share": 2 / 3, "numbers": [], "texts": ["en", "zh"]}
+    assert content["json_fields"]["x"]["share"] == 1 / 3
     assert content["aspect"]["mean"] == 1.833  # pyright: ignore
 
 
@@ -184,7 +185,7 @@ def test_a_sample_of_the_corpus_is_spread_evenly_over_it(tmp_path: Path):
     assert chosen == {0: [0, 10, 20, 30], 1: [0], 2: [0, 10, 20, 30, 40]}
     census = take_census(sources, limit=10, processes=1)
     assert census.samples == 10
-    assert census.fields == Counter(index=10)
+    assert census.fields == {"index": JsonField(10, [0.0, 90.0])}
     assert stats(manifest.parent, "--sample", 10, output=tmp_path / "s.json")["samples"] == 10
 
 
@@ -219,3 +220,21 @@ def test_a_remote_shard_is_read_in_large_pieces_when_all_of_it_is_and_else_by_th
         assert [int(last) - int(first) < 10_000 for first, last in ranges] == [True, True]  # a sample is 4,096 bytes
     finally:
         server.stop()
+
+
+def test_the_values_of_a_field_lie_between_the_ends_that_are_told_whatever_order_they_come_in():
+    values = [0.5, 3, float("nan"), float("inf"), 10**400, True, "b", "a" * 60, None, [1], {"x": 1}, -2]
+    for order in (values, values[::-1], [*values[6:], *values[:6]]):
+        parts = [JsonField(), JsonField()]
+        for number, value in enumerate(order):
+            parts[number % 2].add(value)
+        parts[0].merge(parts[1])
+        assert parts[0] == JsonField(12, [-2.0, 3.0], ["a" * 40, "true"])
+    assert JsonField(2, [1.0, 1.0], ["en", "zh"]).range == "1, en to zh"
+    assert JsonField(2).range == ""
+
+
+def test_a_field_whose_name_is_half_a_character_can_be_told(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [member(0) | {"json": b'{"\\ud800": "\\udfff"}'}])
+    assert main(["stats", str(tmp_path), "-o", str(tmp_path / "s.json"), "--processes", "1"]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["json_fields"]["\ud800"]["share"] == 1

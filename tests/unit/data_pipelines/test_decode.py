@@ -18,7 +18,7 @@ from data_pipelines.augment import Augmentation, Box, centre_box, random_box
 from data_pipelines.config import AugmentConfig
 from data_pipelines.decode import check_image, decode_crop
 from data_pipelines.errors import SampleError
-from data_pipelines.header import read_header, size_of
+from data_pipelines.header import image_format, read_header, size_of
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -486,3 +486,16 @@ def test_a_caption_changes_nothing_but_the_mirroring():
 def test_the_evaluation_crop_is_the_central_square():
     assert centre_box(100, 60) == Box(20, 0, 60, 60)
     assert centre_box(60, 101) == Box(0, 20, 60, 60)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "ICO", "JPEG 2000"])
+def test_the_format_of_an_image_is_what_its_first_bytes_say(name: str):
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, name.upper().replace(" ", ""))
+    assert image_format(out.getvalue()) == name
+    assert image_format(out.getvalue()[:32]) == name
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"BM", b"BMW builds cars", b"RIFF\0\0\0\0WAVE", b"<svg", bytes(99)])
+def test_bytes_of_no_image_have_no_format(data: bytes):
+    assert image_format(data) == ""

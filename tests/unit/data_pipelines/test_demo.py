@@ -2,14 +2,16 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.demo import Demo, Scenes
+from data_pipelines.demo import Demo
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import Sample, ShardReader
 from data_pipelines.scenes import (
@@ -149,15 +151,17 @@ def test_the_subject_stands_where_the_relation_says(relation: str):
     assert caption_of(scene, [0.0] * 5, short=False).startswith("a large red circle is " + RELATIONS[relation][0])
 
 
-class RareWord(Scenes):
-    """Scenes of which one says something that no other says."""
+def test_the_tokenizer_knows_even_a_character_that_a_demo_says_but_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
 
-    def sample(self, index: int, *, heldout: bool, seed: int, size: int):
-        picture, caption, metadata = super().sample(index, heldout=heldout, seed=seed, size=size)
-        return picture, "雪" if index == 7 else caption, metadata
+    def once_snow(*arguments: Any, **options: Any) -> str:
+        said.append("雪" if len(said) == 7 else caption_of(*arguments, **options))
+        return said[-1]
 
-
-def test_the_tokenizer_knows_even_a_character_that_a_demo_says_but_once(tmp_path: Path):
-    Demo(train=1000, heldout=1, size=8, vocab_size=512, seed=0, kind=RareWord()).make(tmp_path / "d", processes=1)
+    monkeypatch.setattr("data_pipelines.demo.ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes))
+    monkeypatch.setattr("data_pipelines.demo.caption_of", once_snow)
+    Demo(train=1000, heldout=1, size=8, vocab_size=512, seed=0).make(tmp_path / "d", processes=1)
     tokenizer = Tokenizer.load(tmp_path / "d" / "tokenizer.model")
     assert tokenizer.unk_id not in tokenizer.pieces("雪")[0]

@@ -19,11 +19,12 @@ from data_pipelines.errors import DataError, SampleError
 from data_pipelines.filters import Filters
 from data_pipelines.index import Report, build_manifest, count_from_stats
 from data_pipelines.manifest import Manifest
+from data_pipelines.problems import Problem, write_problems
 from data_pipelines.reader import ShardReader
 from data_pipelines.sample import hash64
 from data_pipelines.shards import write_shard
 from data_pipelines.sources import name_sources
-from data_pipelines.verify import Problem, verify, write_problems
+from data_pipelines.verify import verify
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -65,7 +66,7 @@ MIXED = [
         ({"caption_characters": (2, 29)}, "abef", {"caption not of 2 to 29 characters": 2}),
         ({"caption_characters": (1, 30)}, "abcdef", {}),
         ({"language": ("lang", frozenset({"en", "zh"}))}, "abd", {"lang not en or zh": 3}),
-        ({"min_score": ("score", 0.3)}, "acf", {"score below 0.3 or missing": 3}),
+        ({"min_score": ("score", 0.3)}, "acf", {"score below 0.3": 1, "score missing or no number": 2}),
         (
             {"min_size": 40, "language": ("lang", frozenset({"en"}))},
             "d",
@@ -74,7 +75,7 @@ MIXED = [
         (
             {"min_size": 40, "min_score": ("score", 0.3)},
             "f",
-            {"shorter side below 40 pixels": 2, "score below 0.3 or missing": 3},
+            {"shorter side below 40 pixels": 2, "score below 0.3": 1, "score missing or no number": 2},
         ),
     ],
 )
@@ -100,6 +101,25 @@ def test_a_size_that_is_unknown_is_a_reason_of_its_own_and_stray_bytes_hide_none
     )
     assert keys(manifest) == "ab"
     assert report.filtered == {"size of the image unknown": 1}
+
+
+@pytest.mark.parametrize(
+    ("score", "least", "reason"),
+    [
+        *((score, 0.3, None) for score in ("0.31", " 0.31 ", "3.1e-1", "+.31", 1, 0.3)),
+        *((score, 0.3, "score below 0.3") for score in ("0.29", "-5", 0, -1e308)),
+        *((score, -9, "score missing or no number") for score in ("", "high", "0,31", "1_0", "nan", "inf", "1e999")),
+        *((score, -9, "score missing or no number") for score in (None, True, [0.5], float("nan"), float("inf"))),
+        (10**400, -9, "score missing or no number"),
+    ],
+)
+def test_a_numeric_string_is_a_score_and_what_is_none_is_not_called_low(
+    tmp_path: Path, score: object, least: float, reason: str | None
+):
+    samples = [[sample("good", score=1), sample("a", score=score)]]
+    manifest, report = index(tmp_path, samples, min_score=("score", least))
+    assert manifest.samples == (1 if reason else 2)
+    assert report.filtered == ({reason: 1} if reason else {})
 
 
 def test_the_uids_of_a_datacomp_list_are_kept_and_no_others(tmp_path: Path):
@@ -175,8 +195,9 @@ def test_bad_samples_that_a_run_listed_are_left_out_by_the_name_of_their_shard_a
     ]
     listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest, report = index(tmp_path, MIXED, exclude=listing)
-    assert keys(manifest) == "acdf"
+    assert keys(manifest) == "af"
     assert report.filtered == {"on the list of excluded samples": 2}
+    assert report.left_out == [str(tmp_path / "1.tar")]
 
 
 def test_of_shards_with_one_name_the_one_that_is_listed_loses_a_sample_whatever_its_key_holds(tmp_path: Path):
@@ -220,7 +241,9 @@ def keys_of_bits(manifest: Manifest) -> str:
 
 def test_another_json_field_is_read_anew(tmp_path: Path):
     index(tmp_path, MIXED, min_score=("score", 0.3))
-    with pytest.raises(DataError, match=r"No usable sample in 3 shards \(6 x other below 0.3 or .*: let the f"):
+    with pytest.raises(
+        DataError, match=r"No usable sample in 3 shards \(6 x other missing or no number; .*: let the f"
+    ):
         index(tmp_path, min_score=("other", 0.3))
 
 

@@ -20,10 +20,13 @@ from data_pipelines.shards import write_shard
 from data_pipelines.storage import open_bytes
 from fuzz.mutants import BLOCK, FIRED, KINDS, TAGS, make_mutant, pickled, sealed, shards
 from fuzz.oracle import read_shard
+from fuzz.sources import KINDS as KINDS_OF_SOURCES
+from fuzz.sources import try_source
 from fuzz.trial import Bench, bounded_memory, try_mutant
 
 SEED = 20261122
 MUTANTS = 2010  # 100 a second on an idle core
+SOURCES = 250  # 50 a second
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,19 @@ def test_of_any_mutant_come_its_whole_samples_and_one_sentence_on_the_rest(
     assert kinds.keys() == KINDS.keys()
     assert min(outcomes.values()) > 0
     assert outcomes["read: a pair"] > 2 * MUTANTS / 3  # most of most mutants can still be used
+
+
+def test_of_any_spoilt_table_or_folder_each_row_is_packed_or_listed_and_keeps_its_image(tmp_path: Path):
+    outcomes: Counter[str] = Counter()
+    for number in range(SOURCES):
+        try:
+            try_source(tmp_path, SEED, outcomes, number)
+        except Exception as error:
+            error.add_note(f"source {number}")
+            raise
+    told = ("packed", "rejected", "refused")
+    assert {f"{kind}: {what}" for kind in KINDS_OF_SOURCES for what in told} <= outcomes.keys()
+    assert min(outcomes[f"{kind}: rows left as they were"] for kind in ("csv", "tsv", "jsonl")) > SOURCES / 10
 
 
 def test_the_oracle_finds_in_the_good_shards_what_they_were_made_of():
@@ -142,5 +158,5 @@ def test_a_key_that_breaks_lines_breaks_no_message(tmp_path: Path, tokenizer_pat
 
 def test_shards_of_nothing_are_named(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(bytes(10 * BLOCK))
-    with pytest.raises(DataError, match=r"in 1 shards \(they are empty; the first is .*a\.tar\)"):
+    with pytest.raises(DataError, match=r"in 1 shard \(they are empty; the first is .*a\.tar\)"):
         build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)

@@ -2,21 +2,18 @@
 
 import base64
 import io
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from corpus import Members, jpeg, make_corpus, member
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.contact_sheet import Typesetter, contact_sheet
-from data_pipelines.inspection import THUMBNAIL, Inspection, Picture, choose, inspect
+from data_pipelines.inspection import THUMBNAIL, Inspection, choose, inspect
 from data_pipelines.report import html_report
 from data_pipelines.shards import write_shard
 from data_pipelines.sources import load_sources
@@ -42,55 +39,24 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write_font(path: Path, character: str) -> None:
-    """A font that has one character, drawn as a triangle, and a square for all others."""
-    glyphs = {}
-    for name, corners in (
-        (".notdef", [(0, 0), (0, 700), (700, 700), (700, 0)]),
-        ("own", [(0, 0), (350, 700), (700, 0)]),
-    ):
-        pen = TTGlyphPen(None)
-        pen.moveTo(corners[0])
-        for corner in corners[1:]:
-            pen.lineTo(corner)
-        pen.closePath()
-        glyphs[name] = pen.glyph()
-    font = FontBuilder(1000, isTTF=True)
-    font.setupGlyphOrder(list(glyphs))
-    font.setupCharacterMap({ord(character): "own"})
-    font.setupGlyf(glyphs)
-    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (800, 0)))
-    font.setupHorizontalHeader(ascent=800, descent=-200)
-    font.setupNameTable({"familyName": "One", "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(path)
-
-
 def inspected(*names: Path, scratch: Path, samples: int = 64, seed: int = 0) -> Inspection:
     sources = load_sources([str(name) for name in names], scratch, processes=1)
     return inspect([str(name) for name in names], sources, samples=samples, seed=seed, processes=1)
 
 
-def picture(caption: str) -> Picture:
-    return Picture("a.tar", "key", caption, Image.new("RGB", (THUMBNAIL, 60), "red"), 640, 200)
-
-
-def test_a_page_and_a_sheet_are_written_and_the_same_call_shows_the_same_samples(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_a_page_is_written_and_the_same_call_shows_the_same_samples(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     manifest = make_corpus(tmp_path / "c", tmp_path, (30, 20)).manifest
-    sheets = []
+    pages = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         arguments = ["inspect", str(manifest), "-o", str(tmp_path / name), "--samples", "12", "--seed", str(seed)]
         assert main([*arguments, "--processes", "1"]) == 0
-        sheets.append((tmp_path / name / "contact_sheet.png").read_bytes())
-    assert sheets[0] == sheets[1] != sheets[2]
+        page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+        assert page.count("<figure>") >= 12
+        pages.append(re.findall('data:image/jpeg[^"]+', page))
+    assert pages[0] == pages[1] != pages[2]
     out = capfd.readouterr().out
     assert "12 of 50 samples" in out
     assert re.search(r"one core decodes [\d,]+ samples/s", out)
-    page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") >= 12
 
 
 def test_samples_are_drawn_from_equal_stretches_of_all():
@@ -139,7 +105,13 @@ def test_a_page_tells_sizes_problems_and_duplicates(tmp_path: Path):
     assert found.samples_per_s > 0
     assert found.mb_per_s == pytest.approx(found.samples_per_s * len(same["jpg"]) / 1e6)
     page = Page(html_report(found))
-    for words in ("2 samples with one image", "no image", "image cannot be decoded", "Width in pixels", "90 x 30"):
+    for words in (
+        "2 samples with one image",
+        "no image",
+        "image cannot be decoded",
+        "Width in pixels",
+        "90\u00a0x\u00a030",
+    ):
         assert words in unescape(page.text)
     assert page.tags.count("svg") == 7
 
@@ -164,46 +136,28 @@ def test_a_corpus_in_which_no_image_decodes_still_has_a_page(tmp_path: Path):
     assert "image cannot be decoded" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_picture_keeps_its_shape_and_a_caption_stands_below_it():
-    sheet, missing = contact_sheet([picture("a red bar"), picture("")])
-    pixels = np.asarray(sheet)
-    red = (pixels == (255, 0, 0)).all(axis=2)
-    assert red.sum() == 2 * THUMBNAIL * 60
-    below = pixels[16 + THUMBNAIL :]
-    left, right = np.hsplit(below, [16 + THUMBNAIL + 8])
-    assert (left.min(), right.min()) == (left.min(), 255)
-    assert left.min() < 100
-    assert not missing
+def test_numbers_come_before_the_samples_and_the_values_of_json_are_told(tmp_path: Path):
+    score = json.dumps({"similarity": 0.31, "lang": "de"}).encode()
+    write_shard(tmp_path / "a.tar", [member(0) | {"json": score}, member(1), member(2) | {"jpg": jpeg(1)}])
+    text = Page(html_report(inspected(tmp_path, scratch=tmp_path))).text
+    order = [
+        "decoded per second",
+        "Sizes and lengths",
+        "Distributions",
+        "Fields of json",
+        "Problems",
+        "Duplicates",
+        "Samples",
+    ]
+    places = [text.index(word) for word in order]
+    assert places == sorted(places)
+    for words in ("0.31 to 0.31", "de", "0 to 2", "MB of a shard", "2 samples with one image"):
+        assert words in text or words.split(" to ")[0] in text
+    assert "e+0" not in text
 
 
-def test_a_character_is_drawn_where_a_font_has_it_and_else_its_escape(tmp_path: Path):
-    (tmp_path / "fonts").mkdir()
-    write_font(tmp_path / "fonts" / "cat.ttf", "猫")
-    write_font(tmp_path / "fonts" / "override.ttf", "\u202e")  # turns what follows around
-    (tmp_path / "fonts" / "broken.ttf").write_bytes(b"no font")
-    with_font, without = Typesetter([str(tmp_path / "fonts")]), Typesetter([])
-    assert with_font.lines("a 猫", 200, 4) == ["a 猫"]
-    assert not with_font.missing
-    assert with_font.lines("a\u202eb", 200, 4) == [r"a\u202eb"]
-    assert without.lines("a 猫\x00", 200, 4) == [r"a \u732b\x00"]
-    assert without.missing == {"猫", "\x00"}
-    assert contact_sheet([picture("猫")], with_font)[0] != contact_sheet([picture("猫")], without)[0]
-
-
-def test_missing_fonts_are_said_once_with_the_fix(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(Typesetter.__init__, "__defaults__", ([],))
-    write_shard(tmp_path / "a.tar", [member(0) | {"txt": "猫和狗".encode()}])
-    assert main(["inspect", str(tmp_path), "-o", str(tmp_path / "out"), "--processes", "1"]) == 0
-    assert "No font here has 3 of the characters, which contact_sheet.png shows as escapes" in capfd.readouterr().out
-
-
-def test_long_captions_are_broken_at_spaces_or_anywhere_and_end_in_an_ellipsis():
-    setter = Typesetter([])
-    lines = setter.lines("several words " * 30, 120, 4)
-    assert len(lines) == 4
-    assert all(line.split()[0] in ("several", "words") for line in lines)
-    assert lines[-1].endswith("\u2026")
-    assert "".join(setter.lines("x" * 40, 120, 9)) == "x" * 40
-    assert setter.lines("", 120, 4) == []
+def test_duplicates_are_folded_and_sizes_stay_on_one_line(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [member(0), member(1) | {"jpg": jpeg(0)}])
+    page = html_report(inspected(tmp_path, scratch=tmp_path))
+    assert "<details><summary>2 samples with one image</summary>" in page
+    assert "<b>24&nbsp;x&nbsp;20</b>" in page

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -101,7 +102,7 @@ def test_samples_without_image_or_caption_are_left_out_and_reported(tmp_path: Pa
 
 def test_shards_with_nothing_usable_are_an_error_that_says_what_is_needed(tmp_path: Path):
     write_shard(tmp_path / "a.tar", [{"__key__": "a", "gif": b"1", "txt": b"x"}])
-    words = r"No usable sample in 1 shards \(1 x no image; the first is a in .*a\.tar\): a sample needs an image"
+    words = r"No usable sample in 1 shard \(1 x no image; the first is a in .*a\.tar\): a sample needs an image"
     with pytest.raises(DataError, match=words):
         build_manifest([tmp_path / "a.tar"], tmp_path / "m.json", processes=1)
 
@@ -110,9 +111,12 @@ def test_a_truncated_shard_keeps_its_whole_samples_and_the_open_one_is_reported(
     shard = tmp_path / "cut.tar"
     shard.write_bytes((corpus.folder / "00000.tar").read_bytes()[:30_000])
     manifest, report = build_manifest([shard], tmp_path / "m.json", processes=1)
-    (drop,) = report.faults
-    assert drop.reason == "the shard is damaged or cut short here"
-    assert 0 < manifest.samples == int(drop.key) == manifest.shards[0].indexed - 1 < 70
+    (fault,) = report.faults
+    assert (fault.key, fault.reason) == ("", "the shard is damaged or cut short here")
+    start, stop, _ = np.load(manifest.index_path(0))[-1].tolist()
+    end = f"; {stop - start:,} bytes from byte {start:,} on are lost, some 1 sample by the size of those before"
+    assert re.fullmatch(r"the file ends inside a member of \d+ bytes at byte \d+" + re.escape(end), fault.detail)
+    assert 0 < manifest.samples == manifest.shards[0].indexed - 1 < 70
     reader = ShardReader(manifest)
     assert [reader.read(0, i).caption() for i in range(manifest.samples)] == list(map(caption, range(manifest.samples)))
 

@@ -118,3 +118,16 @@ def test_whatever_ends_the_command_no_process_is_left_and_ctrl_c_prints_no_trace
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_running, workers))
+
+
+def test_ctrl_c_that_is_ignored_at_the_start_stays_ignored():
+    """As in a job that a script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = []
+        for number, result in each_done(square, range(3), 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            found.append((number, result))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert dict(found) == {0: 0, 1: 1, 2: 4}

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipelines import storage
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, MissingError
 from data_pipelines.storage import describe, expand, is_remote, open_bytes, shown
 
 CONTENT = np.random.default_rng(0).bytes(1000)
@@ -109,17 +109,45 @@ def test_relative_patterns_become_absolute_paths(folder: Path, monkeypatch: pyte
     assert expand(["./deep/../0.tar"]) == [f"{folder}/0.tar"]
 
 
-@pytest.mark.parametrize("pattern", ["9.tar", "deep/deeper", "*.zip", "{0..3}.tar", "0.tar{", "a}b{c"])
+@pytest.mark.parametrize("pattern", ["9.tar", "deep/deeper", "*.zip", "{7..9}.tar", "0.tar{", "a}b{c"])
 def test_a_pattern_that_matches_nothing_is_named(pattern: str, folder: Path):
     with pytest.raises(DataError, match=r"^No shards at .*: give tar files, a folder of them, or a pattern like"):
         expand([f"{folder}/{pattern}"])
 
 
-@pytest.mark.parametrize("name", ["a[1].tar", "a?.tar", "a*.tar"])
+@pytest.mark.parametrize(
+    "name",
+    ["a[1].tar", "a?.tar", "a*.tar", "{a,b}.tar", "a{1..3}.tar", "a\\{1,b}.tar", "**", "a{.tar", "{a1.tar}", "~.tar"],
+)
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(name: str, folder: Path):
-    (folder / name).touch()
-    (folder / "a1.tar").touch()
+    for other in (name, "a1.tar", "a.tar", "b.tar", "a2.tar", "a3.tar"):
+        (folder / other).touch()
     assert expand([f"{folder}/{name}"]) == [f"{folder}/{name}"]
+
+
+@pytest.mark.parametrize("name", ["{a,b}", "x[1]", "all*"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(name: str, folder: Path):
+    for other in (name, "a", "x1", "all", "allx"):
+        (folder / other).mkdir()
+        (folder / other / "0.tar").touch()
+    assert expand([f"{folder}/{name}"]) == [f"{folder}/{name}/0.tar"]
+    for shards in ("0.tar", "*.tar", "{0..0}.tar", "{0,[0]}.tar", "?.tar"):
+        assert expand([f"{folder}/{name}/{shards}"]) == [f"{folder}/{name}/0.tar"]
+
+
+def test_a_backslash_in_a_name_without_braces_stays(folder: Path):
+    (folder / "a\\b.tar").touch()
+    assert expand([f"{folder}/a\\b.tar"]) == [f"{folder}/a\\b.tar"]
+
+
+def test_all_gaps_in_a_brace_pattern_are_told_at_once(folder: Path):
+    (folder / "1.tar").unlink()
+    with pytest.raises(MissingError) as caught:
+        expand([f"{folder}/{{0..4}}.tar"])
+    gaps = ", ".join(f"{folder}/{number}.tar" for number in (1, 3, 4))
+    assert str(caught.value) == f"3 of 5 shards cannot be found: {gaps}. Put them back, or name the others alone."
+    with pytest.raises(MissingError, match=r"^98 of 99 shards cannot be found: .*/22\.tar and 78 others\. Put"):
+        expand([f"{folder}/{{2..100}}.tar"])
 
 
 class Unreliable(MemoryFileSystem):

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 import fsspec.config
 import numpy as np
@@ -321,12 +323,139 @@ def test_a_url_that_is_none_and_a_protocol_that_nobody_knows_are_named():
         describe("foo://bar/a.tar")
 
 
-def test_shards_of_a_web_server_are_named_one_by_one_or_by_braces():
-    names = [f"https://host/{number:05d}.tar?x=1" for number in range(3)]
-    assert expand(["https://host/{00000..00002}.tar?x=1", names[1]]) == names
-    for pattern in ("https://user:pw@host/*.tar", "https://host/folder/", "https://host/[ab].tar"):
-        with pytest.raises(DataError, match=r"^https://host/\S+ cannot be listed, .* or use braces"):
-            expand([pattern])
+def test_shards_of_a_web_server_are_named_one_by_one_or_by_braces(server: ShardServer):
+    names = [f"{server.url}/{number:05d}.tar?x=1" for number in range(3)]
+    assert expand([f"{server.url}/{{00000..00002}}.tar?x=1", names[1]]) == names
+    for pattern in ("*.tar", "folder/", "[ab].tar"):
+        with pytest.raises(DataError, match=r"^http://127\S+ cannot be listed, .* or use braces"):
+            expand([f"http://user:pw@127.0.0.1:{server.port}/{pattern}"])
+
+
+@pytest.mark.parametrize("name", ["{a,b}.tar", "x[1].tar", "all*.tar", "what?.tar"])
+def test_a_file_of_a_web_server_whose_name_looks_like_a_pattern_is_that_file(name: str, server: ShardServer):
+    for other in (quote(name, safe="[]*?,"), "a.tar", "b.tar"):
+        server.put(other.partition("?")[0], CONTENT)
+    assert expand([f"{server.url}/{name}"]) == [f"{server.url}/{name}"]
+    assert describe(f"{server.url}/{name}")[0] == len(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("/a.tar?sig=a%2Fb%2Cc%3D%27", "/a.tar?sig=a%2Fb%2Cc%3D%27"),
+        ("/it%27s%2C%20%7Ea.tar?x=%7e", "/it%27s%2C%20%7Ea.tar?x=%7e"),
+        ("/a.tar?Signature=a+b/c=&Expires=1", "/a.tar?Signature=a+b/c=&Expires=1"),
+        ("/it's,(a)!*$;@:~.tar?a='b',c", "/it's,(a)!*$;@:~.tar?a='b',c"),
+        ("/%e4%bd%a0.tar", "/%e4%bd%a0.tar"),
+        ("/a%2f%2e%2e%2fb.tar", "/a%2f%2e%2e%2fb.tar"),
+        ("/x/../a.tar", "/x/../a.tar"),
+        ("/a.tar?x=%3f%23&y=[1]", "/a.tar?x=%3f%23&y=[1]"),
+        ("/a b.tar", "/a%20b.tar"),  # what may stand in no URL is written as an escape
+        ("/\u4f60.tar?q=\u00e9", "/%E4%BD%A0.tar?q=%C3%A9"),
+        ("/100%.tar", "/100%25.tar"),
+        ('/a"b<c>\\.tar', "/a%22b%3Cc%3E%5C.tar"),
+        ("", "/"),
+        ("?sig=%2F", "/?sig=%2F"),
+    ],
+)
+def test_a_url_goes_out_byte_for_byte_and_so_does_that_of_a_redirection(given: str, sent: str, server: ShardServer):
+    server.files[sent.partition("?")[0]] = CONTENT
+    assert describe(server.url + given)[0] == len(CONTENT)
+    assert server.requests.pop().path == sent
+    if given.startswith("/") and given.isascii():
+        for location in (server.url + given, given)[: 1 + (".." not in given)]:
+            server.faults.append(Fault(status=302, location=location))
+            assert describe(f"{server.url}/old")[0] == len(CONTENT)
+            assert server.requests.pop().path == sent
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("user", ["me:pw@", ""])
+def test_another_host_is_sent_the_range_and_none_of_the_users_secrets(
+    status: int, user: str, server: ShardServer, monkeypatch: pytest.MonkeyPatch
+):
+    if not user:
+        monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": "Bearer sesame"}})
+    other = ShardServer()
+    try:
+        other.put("signed.tar", CONTENT)
+        server.faults.append(Fault(status=status, location=f"{other.url}/signed.tar?s=%2F"))
+        source = open_bytes(f"http://{user}127.0.0.1:{server.port}/a.tar", patience_s=PATIENCE_S, size=len(CONTENT))
+        assert source.read(5, 10) == CONTENT[5:15]
+        assert "Authorization" in server.requests[0].headers
+        assert "Authorization" not in other.requests[0].headers
+        assert (other.requests[0].path, other.requests[0].range) == ("/signed.tar?s=%2F", "bytes=5-14")
+    finally:
+        other.stop()
+
+
+def test_redirections_without_an_end_are_told(server: ShardServer):
+    server.always = Fault(status=302, location="/again.tar")
+    with pytest.raises(DataError, match=r"a\.tar cannot be read, because its server redirects 10 times: name the URL"):
+        describe(f"{server.url}/a.tar")
+    server.always = Fault(status=302)
+    with pytest.raises(DataError, match=r"a\.tar cannot be read \(the server answered 302 Found\): see that its URL"):
+        describe(f"{server.url}/a.tar")
+
+
+def test_a_fragment_which_no_server_would_see_is_refused(server: ShardServer):
+    with pytest.raises(DataError, match=r"a#1\.tar cannot be read, because what follows # is never sent .* write %23"):
+        describe(f"{server.url}/a#1.tar")
+
+
+@pytest.mark.parametrize("url", ["http://[bad/a.tar", "http://host:99999/a.tar", "https://[::1/{0..3}.tar"])
+def test_what_is_no_url_is_refused_in_one_sentence(url: str):
+    with pytest.raises(DataError, match=r"(is no URL|cannot be opened) .*mend"):
+        describe(expand([url])[0])
+
+
+def test_a_server_that_does_not_tell_the_size_is_said_to_at_once(server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    server.always = Fault(content_range="bytes 0-0/*")
+    with pytest.raises(
+        DataError, match=r"a\.tar cannot be opened, .* not tell its size \(Content-Range: bytes 0-0/\*\)"
+    ):
+        describe(url)
+    assert len(server.requests) == 1
+    server.always = Fault(content_range="bytes 5-14/*")
+    assert open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT)).read(5, 10) == CONTENT[5:15]
+
+
+@pytest.mark.parametrize("turns", ["ABAB", "BABA", "BBAB"])
+def test_mirrors_with_versions_of_their_own_are_told_for_what_they_are(turns: str, server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    server.etags.extend(turns)
+    source = open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version="A")
+
+    def read() -> None:
+        for _ in turns:
+            source.read(0, 10)
+
+    with pytest.raises(DataError, match=r"a\.tar has two versions in turn, A and B, as mirrors behind one name have:"):
+        read()
+
+
+def test_of_mirrors_the_checksum_of_the_manifest_decides(server: ShardServer):
+    url, known = server.put("a.tar", CONTENT), sha256(CONTENT).hexdigest()
+    server.etags.extend("AABBABABAB")
+    source = open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version="A", sha256=known)
+    assert [source.read(at, 10) for at in range(4)] == [CONTENT[at : at + 10] for at in range(4)]
+    whole = f"bytes=0-{len(CONTENT) - 1}"
+    server.etags.extend("B")  # which was looked at before
+    open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version="A", sha256=known).read(0, 10)
+    assert [request.range for request in server.requests].count(whole) == 1
+    server.etags.clear()
+    server.put("a.tar", CONTENT[::-1])
+    server.etags.clear()
+    with pytest.raises(DataError, match=rf"a\.tar has changed: its SHA-256 is \w+ but was {known} when it was indexed"):
+        open_bytes(url, patience_s=PATIENCE_S, size=len(CONTENT), version="A", sha256=known).read(0, 10)
+
+
+def test_a_weak_etag_is_that_of_the_same_file(server: ShardServer):
+    url = server.put("a.tar", CONTENT)
+    server.etags.extend(["A", 'W/"A', "A"])
+    source = open_bytes(url, patience_s=PATIENCE_S)
+    assert source.read(0, 10) + source.read(10, 10) == CONTENT[:20]
 
 
 def test_many_threads_read_one_source_at_once(server: ShardServer):

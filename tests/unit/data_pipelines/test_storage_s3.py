@@ -233,3 +233,56 @@ def test_settings_of_the_user_for_s3_hold(monkeypatch: pytest.MonkeyPatch, clien
     assert describe(URL) == (len(CONTENT), etag(CONTENT))
     assert "Authorization" not in proxy.requests[0].headers
     assert "from-config" in proxy.requests[0].headers["User-Agent"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "it's a+b (1).tar",
+        "100%.tar",
+        "a%2Fb.tar",
+        "{a,b}.tar",
+        "x{1..3}.tar",
+        "q?.tar",
+        "a#1.tar",
+        "\u4f60 \u00e9.tar",
+        "s*.tar",
+        "a&b=c;d@e.tar",
+    ],
+)
+def test_an_object_named_in_full_is_that_object_whatever_its_key_holds(name: str, client: Any):
+    for other in (name, "a.tar", "b.tar", "x1.tar", "star.tar"):
+        put(client, other, CONTENT)
+    url = f"s3://corpus/train/{name}"
+    assert expand([url]) == [url]
+    source = open_bytes(url, patience_s=8)
+    assert source.read(5, 10) == CONTENT[5:15]
+
+
+def test_an_object_asked_for_in_a_version_is_read_in_that_version(client: Any):
+    client.create_bucket(Bucket="kept")
+    client.put_bucket_versioning(Bucket="kept", VersioningConfiguration={"Status": "Enabled"})
+    versions = [
+        client.put_object(Bucket="kept", Key="a.tar", Body=content)["VersionId"] for content in (CONTENT, CONTENT[::-1])
+    ]
+    urls = [f"s3://kept/a.tar?versionId={version}" for version in versions]
+    assert expand(urls) == sorted(urls)
+    found = [open_bytes(url, patience_s=8).read(0, 10) for url in (*urls, "s3://kept/a.tar")]
+    assert found == [CONTENT[:10], CONTENT[::-1][:10], CONTENT[::-1][:10]]
+    assert {storage.file_name(url) for url in urls} == {"a.tar"}
+
+
+@pytest.mark.parametrize("merges", [True, False], ids=["as s3fs does", "as it did in 2024"])
+def test_whoever_pays_for_his_requests_says_so_in_each(
+    merges: bool, monkeypatch: pytest.MonkeyPatch, proxy: ShardServer
+):
+    monkeypatch.setattr(storage, "_filesystems", {})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"requester_pays": True})
+    if not merges:
+
+        def only_what_is_given(self: Any, method: Any, *given: dict[str, object], **more: object) -> object:
+            return self._filter_kwargs(method, {key: value for one in (*given, more) for key, value in one.items()})
+
+        monkeypatch.setattr("s3fs.S3FileSystem._get_s3_method_kwargs", only_what_is_given)
+    assert describe(URL) == (len(CONTENT), etag(CONTENT))
+    assert {request.headers.get("x-amz-request-payer") for request in proxy.requests} == {"requester"}

@@ -172,11 +172,35 @@ def test_the_seed_changes_order_crops_and_masks_together(corpus: Corpus):
 def test_a_batch_that_does_not_divide_is_an_error_with_every_number(
     corpus: Corpus, global_batch: int, dp_size: int, accumulation: int
 ):
-    words = (
-        rf"global_batch {global_batch} .* {dp_size} data-parallel ranks x accumulation {accumulation} x data.grain 4"
-    )
-    with pytest.raises(DataError, match=words + r" = \d+ must divide it; use \d+"):
+    words = rf"training.global_batch {global_batch} .* {dp_size} data-parallel ranks? x training.accumulation "
+    words += rf"{accumulation} x data.grain 4 = \d+ must divide it; use \d+ (or \d+ )?samples"
+    with pytest.raises(DataError, match=words):
         corpus.training(global_batch=global_batch, dp_size=dp_size, accumulation=accumulation)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "dp_size", "fixes"),
+    [
+        (32, 3, "use 24 or 36 samples, a smaller data.grain, or 1, 2 or 4 data-parallel ranks."),
+        (64, 3, "use 60 or 72 samples, a smaller data.grain, or 1, 2 or 4 data-parallel ranks."),
+        (4, 2, "use 8 samples, a smaller data.grain, or 1 data-parallel rank."),
+        (30, 2, "use 24 or 32 samples, or a smaller data.grain."),  # no number of ranks would do
+    ],
+)
+def test_another_number_of_ranks_is_proposed_where_there_is_one(corpus: Corpus, global_batch, dp_size, fixes):
+    with pytest.raises(DataError) as caught:
+        corpus.training(global_batch=global_batch, dp_size=dp_size)
+    assert str(caught.value).endswith(fixes)
+
+
+def test_a_missing_file_is_named_with_its_key(corpus: Corpus, tmp_path):
+    for change, key in (
+        ({"train": tmp_path / "m.json"}, "data.train: There is no manifest at"),
+        ({"train": {"web": {"manifest": tmp_path / "m.json"}}}, "data.train.web.manifest: There is no manifest at"),
+        ({"tokenizer": tmp_path / "t.model"}, "data.tokenizer: There is no tokenizer at"),
+    ):
+        with pytest.raises(DataError, match=key):
+            corpus.training(**change)
 
 
 def test_a_state_of_other_data_is_refused(corpus: Corpus):

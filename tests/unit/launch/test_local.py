@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,20 +66,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launch(folder: Path, *words: str) -> subprocess.Popen[str]:
+def launch(folder: Path, *words: str, module: str = "launch", **options: Any) -> subprocess.Popen[str]:
     """Start `python -m launch` as if from a shell without GPUs."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", *words],
+        [sys.executable, "-m", module, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
-def local(folder: Path, behaviour: str) -> subprocess.Popen[str]:
-    return launch(folder, "local", "x.yaml", "--nproc", "2", behaviour)
+def local(folder: Path, behaviour: str, **options: Any) -> subprocess.Popen[str]:
+    return launch(folder, "local", "x.yaml", "--nproc", "2", behaviour, **options)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -107,6 +109,12 @@ def test_the_command_hands_config_and_overrides_to_the_trainer():
     assert command[:3] == [sys.executable, "-m", "launch.torchrun"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert command[-5:] == ["-m", "pretrain", "train", "configs/x.yaml", "training.steps=10"]
+
+
+def test_the_doctor_starts_as_training_does(folder: Path):
+    code, out, _ = finish(launch(folder, "local", "x.yaml", "--doctor", "--dry-run", "--nproc", "2", "a.b=1"))
+    assert code == 0
+    assert out.endswith("-m pretrain doctor x.yaml a.b=1\n")
 
 
 @pytest.mark.parametrize(("gpus", "cores", "processes"), [(8, 64, 8), (1, 64, 1), (0, 64, 2), (0, 1, 1)])
@@ -151,7 +159,7 @@ def test_a_ranks_own_exit_code_and_sentence_reach_the_user(folder: Path):
     assert process.returncode == 4
     sentence, last = err.strip().splitlines()
     assert sentence == "data.train names no file"
-    assert last.startswith("launch: rank 1 ended with 4; exit code 4 (the configuration or the data")
+    assert last.startswith("launch: rank 1 ended with 4; exit code 4 (the config, the data")
     assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
 
 
@@ -183,6 +191,33 @@ def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(folder: Path):
     time.sleep(0.5)
     assert all(is_running(pid) for pid in pids)
     process.send_signal(signal.SIGINT)
-    code, _, _ = finish(process)
+    code, _, last = finish(process)
     assert code == 143
+    assert last.endswith("exit code 143 (stopped before it could save; the newest checkpoint, if there is one, stays)")
     assert not any(is_running(pid) for pid in pids)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(folder: Path):
+    """As by `nohup ... &`, whose terminal is closed, and Ctrl-C in a shell that runs it in the background."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = local(folder, "save", preexec_fn=ignore)
+    pids = started_pids(process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert all(is_running(pid) for pid in pids)
+    process.send_signal(signal.SIGTERM)
+    code, _, last = finish(process)
+    said = "launch: stopped as asked; exit code 85 (saved what there was; the same command goes on from there)"
+    assert (code, last) == (85, said)
+
+
+def test_a_run_starts_by_torchruns_own_words(folder: Path):
+    words = ["--standalone", "--nnodes=1:1", "--nproc_per_node=2", "-m", "pretrain", "train", "x.yaml", "done"]
+    code, out, last = finish(launch(folder, *words, module="launch.torchrun"))
+    assert (code, last) == (0, "")
+    assert out.count("threads=3") == 2

@@ -50,22 +50,22 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
         ("model.image.size=60", "model.image.size 60 is not a multiple of model.image.patch 8: choose a size that is"),
         ("model.text.heads=5", "model.text.heads 5 does not divide the width 128: choose a number that does"),
         ("model.fusion.heads=5", "model.fusion.heads 5 does not divide the width 128"),
-        ("model.fusion=null", "model.architecture albef needs model.fusion: remove `null`"),
+        ("model.fusion=null", "model.architecture albef (the default) needs model.fusion: remove `null`"),
         ("model.architecture=clipp", "model.architecture: 'clipp' is none of albef, clip"),
         (
             "objectives.matching.pool=24",
-            "objectives.matching.pool 24 neither divides data.grain 16 nor is a multiple of it that divides the 64 "
-            "samples of a micro-step (training.global_batch 64 / training.accumulation 1): sizes that fit are 2, 4, 8, "
-            "16, 32, 64.",
+            "objectives.matching.pool 24 neither divides data.grain 16 (the default) nor is a multiple of it that "
+            "divides the 64 samples of a micro-step (training.global_batch 64 / training.accumulation 1 (the default))"
+            ": sizes that fit are 2, 4, 8, 16, 32, 64.",
         ),
         ("objectives.contrastive.temperature=2", "temperature 2.0 is not between min_temperature 0.01 and"),
         ("optimizer.warmup_steps=100", "optimizer.warmup_steps 100 is not below training.steps 100: shorten the"),
         ("seed=9223372036854775808", "seed is 9223372036854775808: input should be less than"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: input should be a finite number"),
         ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1 is 1.5: input should be less than 1"),
-        ("model.size=[a]", "model.size is ['a']: input should be"),
+        ("model.size=[a]", "model.size is '[a]': input should be"),
         ("training.steps", "Cannot read the override 'training.steps': write key=value"),
-        ("training.steps=[", "Cannot read the value of training.steps=["),
+        ("data.crop_scale=[", "Cannot read the value of data.crop_scale=[: expected the node content"),
     ],
 )
 def test_a_mistake_is_named_with_its_fix(path, override, message):
@@ -80,7 +80,7 @@ def test_a_mistake_is_named_with_its_fix(path, override, message):
     [
         (
             ["engine.pipeline_parallel=2"],
-            r"engine.zero_stage 3 and engine.pipeline_parallel 2 exclude .* set engine.zero",
+            r"engine.zero_stage 3 \(the default\) and engine.pipeline_parallel 2 exclude .* set engine.zero",
         ),
         (
             ["engine.pipeline_parallel=2", "engine.zero_stage=1", "engine.offload=cpu"],
@@ -91,6 +91,13 @@ def test_a_mistake_is_named_with_its_fix(path, override, message):
 def test_a_pipeline_that_cannot_work_names_both_keys_and_the_fix(path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(path, overrides)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (100, 10), (19_999, 1999), (20_000, 2000), (10**6, 2000)])
+def test_a_short_run_that_names_no_warmup_warms_up_for_a_tenth_of_it(path, steps, warmup):
+    path.write_text(MINIMAL.replace(", warmup_steps: 10", ""))
+    assert load_config(path, [f"training.steps={steps}"]).optimizer.warmup_steps == warmup
+    assert load_config(path, [f"training.steps={steps}", "optimizer.warmup_steps=3"]).optimizer.warmup_steps == 3
 
 
 def test_offload_without_zero_names_both_keys(path):
@@ -141,14 +148,12 @@ def test_a_missing_key_and_a_missing_file_are_named(path):
     path.write_text(MINIMAL.replace("steps: 100, ", ""))
     with pytest.raises(ConfigError, match="training.steps is missing: add it to the file"):
         load_config(path)
-    with pytest.raises(ConfigError, match="No config at .*nowhere.yaml: give the path of a YAML file"):
+    with pytest.raises(
+        ConfigError, match="No config at .*nowhere.yaml: give the path of a YAML file; there are recipes in configs"
+    ):
         load_config(path.with_name("nowhere.yaml"))
-    path.write_text("a: [")
-    with pytest.raises(ConfigError, match="Cannot read the config"):
-        load_config(path)
-    path.write_text("- a\n- b\n")
-    with pytest.raises(ConfigError, match="is not a mapping"):
-        load_config(path)
+    with pytest.raises(ConfigError, match=r"No config at .*demo.yaml: .* recipe demo.yaml is configs/demo\.yaml\."):
+        load_config(path.with_name("demo.yaml"))
 
 
 @pytest.mark.parametrize("size", SIZES)

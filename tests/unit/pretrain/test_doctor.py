@@ -1,12 +1,14 @@
 """What the doctor makes of a config, of curves and of speeds; tests/e2e/test_doctor_command.py runs it."""
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from distributed.tiny import CLIP, VOCABULARY, tiny_config
-from pretrain.doctor import Comparison, describe_speeds, made_up_steps, shrink
+from pretrain.doctor import Comparison, _comparison_table, describe_speeds, made_up_steps, shrink
 from pretrain.models.architectures import architecture_of
 from pretrain.parallel.mesh import ALONE, Axis
 
@@ -142,3 +144,16 @@ def test_a_slow_rank_is_named_with_its_host_and_both_figures():
 def test_ranks_that_are_about_equally_fast_are_not_called_slow():
     text = describe_speeds([40e9, 42e9, 33e9], ["a"] * 3, torch.float32)
     assert text == "Matrix products in float32, GFLOP/s a rank: median 40, slowest 33, fastest 42."
+
+
+def test_no_heading_is_cut_at_80_columns():
+    point = {"contrastive": 1.0, "matching": 1.0, "masked_lm": 1.0, "gradient norm": 1.0}
+    curves = [[point], [dict.fromkeys(point, 1.001)]]
+    names = ("rank alone", "fp32", "bf16")
+    comparisons = [Comparison(name, "bf16" if name == "bf16" else "fp32", curves[0], curves) for name in names]
+    with io.StringIO() as file:
+        Console(width=80, file=file).print(_comparison_table(comparisons))
+        shown = file.getvalue()
+    for word in ("contrastive", "matching", "masked_lm", "norm", "allowed", "of norm", *names):
+        assert word in shown
+    assert "…" not in shown

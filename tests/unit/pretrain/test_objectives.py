@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.objectives.captioning import captioning_loss, count_targets
 from pretrain.objectives.contrastive import Identity, contrastive_loss
+from pretrain.objectives.cross_entropy import cross_entropy
 from pretrain.objectives.masked_lm import UNUSED, masked_lm_loss
 from pretrain.objectives.matching import HardNegatives, matching_loss, mine_hard_negatives
 from pretrain.objectives.noise import gumbel
@@ -155,7 +157,7 @@ def test_class_1_means_belongs_together():
 def test_every_caption_weighs_the_same_in_masked_lm():
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[4, UNUSED, UNUSED], [1, 2, 3]])
-    loss, counts = masked_lm_loss(logits, targets)
+    loss, counts = masked_lm_loss(logits, targets, 7)
     per_slot = -logits.log_softmax(dim=2)
     second = (per_slot[1, 0, 1] + per_slot[1, 1, 2] + per_slot[1, 2, 3]) / 3
     torch.testing.assert_close(loss, (per_slot[0, 0, 4] + second) / 2)
@@ -163,9 +165,39 @@ def test_every_caption_weighs_the_same_in_masked_lm():
 
 
 def test_a_caption_without_masked_slots_is_defined():
-    loss, counts = masked_lm_loss(torch.randn(1, 2, 5), torch.full((1, 2), UNUSED))
+    loss, counts = masked_lm_loss(torch.randn(1, 2, 5), torch.full((1, 2), UNUSED), 5)
     assert loss == 0
     assert counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs_with_label_smoothing_and_without(smoothing):
+    logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.arange(20).view(4, 5) % 7
+    loss, best = cross_entropy(logits, targets, 7, smoothing=smoothing)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected.view(4, 5))
+    assert torch.equal(best, logits.argmax(dim=2))
+    one, other = (torch.autograd.grad(summed.square().sum(), logits)[0] for summed in (loss, expected))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_of_captioning_losses_is_the_mean_over_all_target_tokens(smoothing):
+    """However the captions are dealt out to micro-batches."""
+    pad, ids = 0, torch.tensor([[2, 5, 6, 3], [2, 4, 3, 0], [2, 3, 0, 0], [2, 6, 3, 0]])
+    logits = torch.randn(4, 4, 7, generator=torch.Generator().manual_seed(0))
+    flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    expected = F.cross_entropy(flat, targets, ignore_index=pad, label_smoothing=smoothing)
+    for parts in (1, 2, 4):
+        average = count_targets(ids, pad).float().reshape(1) / parts
+        found = [
+            captioning_loss(part, texts, average, pad=pad, vocabulary=7, smoothing=smoothing)
+            for part, texts in zip(logits.chunk(parts), ids.chunk(parts), strict=True)
+        ]
+        torch.testing.assert_close(sum(loss for loss, _ in found) / parts, expected)
+        right = ((flat.argmax(dim=1) == targets) & (targets != pad)).sum()
+        assert sum(counts for _, counts in found).tolist() == [right, 8]
 
 
 def test_noise_is_a_function_of_its_key():

@@ -28,7 +28,7 @@ def test_one_dimensional_parameters_do_not_decay():
 @pytest.mark.parametrize(("gradient", "bound"), [(1.0, 0.5), (-1.0, 0.01)])
 def test_the_temperature_stays_within_its_bounds_and_comes_back(gradient, bound):
     scale = torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
-    optimizer = optimizer_of({"align.temperature.log_scale": scale})
+    optimizer = optimizer_of({"temperature.log_scale": scale})
     optimizer.param_groups[2]["lr"] = 0.1
     for _ in range(100):
         scale.grad = torch.tensor([gradient])

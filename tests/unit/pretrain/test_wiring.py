@@ -4,12 +4,23 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distributed.tiny import VOCABULARY, build, tiny_config
 from pretrain.errors import ConfigError
 from pretrain.models.architectures import architecture_of
-from pretrain.models.layer import Architecture, Layer, Objective, Rows, WiringError, check, join, leading_to, split
+from pretrain.models.layer import (
+    Architecture,
+    Layer,
+    Objective,
+    Rows,
+    Spans,
+    WiringError,
+    check,
+    join,
+    leading_to,
+    split,
+)
 from pretrain.models.model import Model
 from pretrain.synthetic import made_up_batch
 
@@ -119,6 +130,39 @@ def test_a_kind_that_nothing_wants_need_not_be_there():
     assert len(flow["clean_rows"]) == 5
 
 
+class Looks(nn.Module):
+    """Adds what it looks at, if it does."""
+
+    def forward(self, rows: Tensor, image: Tensor | None = None, *, spans: Spans) -> Tensor:
+        return rows if image is None else rows + image.repeat(len(rows), 1)
+
+
+LOOKING = [
+    *STACKED[:2],
+    Layer("look", Looks, ("rows", "image"), ("rows",), rows=ROWS, only={"image": ("masked",)}),
+    *STACKED[2:],
+]
+
+
+@pytest.mark.parametrize(
+    ("want", "reads", "first"),
+    [("clean_rows", {"text"}, 1.0), ("masked_rows", {"masked_text", "image"}, 7.0)],
+)
+def test_what_only_some_kinds_of_rows_read_is_left_out_without_them(want, reads, first):
+    architecture = Architecture(LOOKING, OBJECTIVES)
+    check(architecture, [*COLUMNS, "image"])
+    assert {name for call in leading_to(LOOKING, [want], COLUMNS) for name in call.reads} - {"ids", "rows"} == reads
+    have = {"text": torch.zeros(2, 3), "masked_text": torch.ones(4, 3), "image": torch.full((1, 3), 5.0)}
+    model = Model(architecture, {each.name: each.build() for each in LOOKING})
+    assert model.run([want], {name: have[name] for name in reads})[want][0, 0] == first
+
+
+def test_what_may_be_left_out_is_read_last():
+    wrong = [each._replace(reads=each.reads[::-1]) if each.name == "look" else each for each in LOOKING]
+    with pytest.raises(AssertionError):
+        check(Architecture(wrong, OBJECTIVES), [*COLUMNS, "image"])
+
+
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
@@ -161,7 +205,7 @@ def test_a_model_says_which_columns_it_reads():
 
 
 def test_masked_captions_alone_need_no_negatives():
-    architecture = architecture_of(tiny_config(objectives__matching=None), VOCABULARY)
+    architecture = architecture_of(tiny_config(), VOCABULARY)
     assert "mining" not in names(leading_to(architecture.layers, ["loss/masked_lm"], architecture.columns))
 
 
