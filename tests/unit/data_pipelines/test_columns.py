@@ -16,6 +16,7 @@ from data_pipelines.batch import COLUMNS, IDS, Batch, known_tensors
 from data_pipelines.columns import open_columns
 from data_pipelines.errors import DataError
 from distributed.tiny import VOCABULARY, tiny_config
+from pretrain.batch_spec import batch_spec
 from pretrain.errors import ConfigError
 from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import Architecture, Layer, Objective, WiringError, check
@@ -197,3 +198,10 @@ def test_what_a_layer_reads_and_nobody_makes_up_ends_in_a_sentence(extra, monkey
 
 def test_every_tensor_of_the_table_is_made_up():
     assert made_up_batch(tiny_config(), VOCABULARY, torch.arange(8)).keys() == known_tensors()
+
+
+def test_a_missing_tokenizer_is_named_with_its_key(corpus: Corpus, tmp_path: Path):
+    config = tiny_config()
+    config = config.model_copy(update={"data": corpus.config(tokenizer=tmp_path / "t.model")})
+    with pytest.raises(DataError, match=r"data\.tokenizer: There is no tokenizer at"):
+        batch_spec(config)

@@ -197,7 +197,6 @@ def test_a_missing_file_is_named_with_its_key(corpus: Corpus, tmp_path):
     for change, key in (
         ({"train": tmp_path / "m.json"}, "data.train: There is no manifest at"),
         ({"train": {"web": {"manifest": tmp_path / "m.json"}}}, "data.train.web.manifest: There is no manifest at"),
-        ({"tokenizer": tmp_path / "t.model"}, "data.tokenizer: There is no tokenizer at"),
     ):
         with pytest.raises(DataError, match=key):
             corpus.training(**change)
