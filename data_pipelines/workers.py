@@ -139,6 +139,8 @@ _SIGNS = {  # torch raises RuntimeErrors that hold the system's words; the last 
 def _resource_lacking(error: BaseException | None) -> int | None:
     """The errno of what ran out on the way, as far as an error and its causes say."""
     while error is not None:
+        if isinstance(error, EOFError):  # a living worker had no descriptor left to answer with
+            return errno.EMFILE
         for number, signs in _SIGNS.items():
             if getattr(error, "errno", None) == number or any(sign in str(error) for sign in signs):
                 return number
