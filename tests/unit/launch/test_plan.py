@@ -365,7 +365,7 @@ def test_a_run_is_set_beside_its_plan(capsys, finished):
     assert compared["seconds a step"]["measured"] == 2
     assert compared["samples/s"]["measured"] == 16
     assert compared["peak memory, GiB"]["measured"] == 0.5
-    ratio = compared["TFLOP/s a GPU"]["predicted"] / compared["TFLOP/s a GPU"]["measured"]
+    ratio = compared["TFLOP/s per GPU"]["predicted"] / compared["TFLOP/s per GPU"]["measured"]
     assert ratio == pytest.approx(2 / compared["seconds a step"]["predicted"])
     assert "against the run" in run(capsys, finished / "config.yaml", cluster=cluster, run=finished)[1]
     assert math.isfinite(code)
