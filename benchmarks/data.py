@@ -30,6 +30,8 @@ import torch
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from data_pipelines.batch import known_tensors
+from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
 from data_pipelines.index import build_manifest
 from data_pipelines.loader import TrainingData
@@ -37,7 +39,7 @@ from data_pipelines.manifest import Manifest, Shard
 from data_pipelines.mixture import DataState
 from data_pipelines.reader import iter_captions
 from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.tokenizer import Tokenizer, train_sentencepiece
 
 BATCH = 64
 SIDE = 224
@@ -131,15 +133,10 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def training(manifest: Path, **changes: object) -> TrainingData:
-    config = {"train": manifest, "tokenizer": manifest.with_name("tokenizer.model"), "workers": 0} | changes
-    return TrainingData(
-        DataConfig.model_validate(config),
-        image_size=SIDE,
-        text_length=40,
-        mask_probability=0.15,
-        seed=0,
-        global_batch=BATCH,
-    )
+    settings = {"train": manifest, "tokenizer": manifest.with_name("tokenizer.model"), "workers": 0} | changes
+    config = DataConfig.model_validate(settings)
+    spec = BatchSpec(config, Tokenizer.load(config.tokenizer), known_tensors(), SIDE, 40, 0.15, seed=0)
+    return TrainingData(spec, global_batch=BATCH)
 
 
 def ours(manifest: Path, **changes: object) -> Iterator[object]:

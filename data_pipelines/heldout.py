@@ -6,21 +6,19 @@ samples of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_pipelines.assemble import Assembler, Row, collate
+from data_pipelines.assemble import Assembler, collate
 from data_pipelines.batch import BadSample, Batch, Record
-from data_pipelines.config import DataConfig
+from data_pipelines.columns import BatchSpec, Pair, Row, open_columns
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.manifest import Manifest
 from data_pipelines.reader import ShardReader
 from data_pipelines.sample import Sample
 from data_pipelines.storage import shown
 from data_pipelines.tar import printable
-from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
 
 _EXAMINED_AT_ONCE = 64  # samples
@@ -32,27 +30,25 @@ class HeldoutData:
     """The held-out shards.
 
     Args:
-        config: Which shards, and how they are read.
-        image_size: Side of the images in pixels.
-        text_length: Tokens of a caption (L).
-        mask_probability: Share of the pieces hidden for masked language modelling.
-        seed: Of the run; each pair's mask depends on it and on the pair's index, so it is the same each time.
+        spec: Which shards, how they are read, and what batches hold. A pair's mask depends on the seed and on the
+            pair's index, so it is the same each time.
 
     Raises:
         DataError: A file is missing or not what it should be.
     """
 
-    def __init__(self, config: DataConfig, *, image_size: int, text_length: int, mask_probability: float, seed: int):
+    def __init__(self, spec: BatchSpec):
+        config = spec.config
         if config.heldout is None:
             raise DataError("There is nothing to evaluate on: set data.heldout to the manifest of held-out shards.")
         self._workers = config.workers
-        self.tokenizer = Tokenizer.load(config.tokenizer)
+        self.tokenizer, self._text_length = spec.tokenizer, spec.text_length
         self.manifest = Manifest.load(config.heldout)
         self.bad: tuple[BadSample, ...] = ()  # what `examine` found
         self._split = _Split(
             ShardReader(self.manifest, config.cache, config.patience_s),
             self.manifest,
-            Assembler(self.tokenizer, image_size, text_length, mask_probability, seed, config.exif_orientation),
+            Assembler(open_columns(spec, training=False)),
         )
         # (pairs, 2) int64: sample and caption. Until the split is examined, each sample with its first caption.
         self._pairs = np.stack([np.arange(self.manifest.samples), np.zeros(self.manifest.samples, np.int64)], axis=1)
@@ -107,7 +103,7 @@ class HeldoutData:
 
     def encode(self, caption: str) -> np.ndarray:
         """(L,) int64 ids of a caption that is no part of the split, as a prompt is."""
-        return self.tokenizer.encode(caption, self._split.assembler.text_length)[0]
+        return self.tokenizer.encode(caption, self._text_length)[0]
 
     def batches(self, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1, records: bool = False) -> Iterator[Batch]:
         """The split once, in ceil(pairs / (batch_size x dp_size)) batches on every rank.
@@ -139,17 +135,14 @@ class _Split:
     def __len__(self) -> int:
         return int(self._stops[-1])
 
-    def read(self, number: int) -> Sample:
-        shard = self._shard_of(number)
-        first = int(self._stops[shard - 1]) if shard else 0
-        return self._reader.read(shard, number - first)
+    def read(self, numbers: Sequence[int]) -> list[Sample | SampleError]:
+        shards = np.searchsorted(self._stops, numbers, side="right")
+        firsts = np.concatenate([[0], self._stops])[shards]
+        return self._reader.read_all(shards.tolist(), (np.asarray(numbers) - firsts).tolist())
 
-    def bad(self, number: int, sample: Sample | None, error: SampleError) -> BadSample:
-        location = self._manifest.shards[self._shard_of(number)].location
-        return BadSample(location, sample.key if sample else error.key, str(error))
-
-    def _shard_of(self, number: int) -> int:
-        return int(np.searchsorted(self._stops, number, side="right"))
+    def bad(self, number: int, sample: Sample | SampleError, error: SampleError) -> BadSample:
+        shard = int(np.searchsorted(self._stops, number, side="right"))
+        return BadSample(self._manifest.shards[shard].location, sample.key, str(error))
 
 
 class _Examination(BatchDataset[Examined]):
@@ -160,17 +153,13 @@ class _Examination(BatchDataset[Examined]):
 
     def make(self, key: int) -> Examined:
         chunk = range(key * _EXAMINED_AT_ONCE, min((key + 1) * _EXAMINED_AT_ONCE, len(self._split)))
-        return [self._examine(number) for number in chunk]
+        return [self._examine(*found) for found in zip(chunk, self._split.read(chunk), strict=True)]
 
-    def _examine(self, number: int) -> tuple[int, ...] | BadSample:
-        assembler, sample = self._split.assembler, None
+    def _examine(self, number: int, sample: Sample | SampleError) -> tuple[int, ...] | BadSample:
         try:
-            sample = self._split.read(number)
-            captions = sample.captions()
-            encoded = (assembler.tokenizer.encode(caption, assembler.text_length) for caption in captions)
-            usable = tuple(place for place, (_, starts) in enumerate(encoded) if starts.any())
-            assembler.row(_with_caption(sample, usable[0] if usable else 0), number)  # decodes the image
-            return usable
+            if isinstance(sample, SampleError):
+                raise sample
+            return self._split.assembler.usable_captions(sample, number)
         except SampleError as error:
             return self._split.bad(number, sample, error)
 
@@ -182,29 +171,34 @@ class _HeldoutBatches(BatchDataset[Batch]):
         self._split, self._pairs, self._batch_size, self._records = split, pairs, batch_size, records
 
     def make(self, key: int) -> Batch:
+        positions = [place % len(self._pairs) for place in range(key * self._batch_size, (key + 1) * self._batch_size)]
+        numbers, captions = self._pairs[positions].T.tolist()
+        samples = self._split.read(numbers)
+        pairs = [_pair(*chosen) for chosen in zip(samples, captions, positions, strict=True)]
         rows: list[Row] = []
-        records: list[Record] = []
-        for place in range(key * self._batch_size, (key + 1) * self._batch_size):
-            position = place % len(self._pairs)
-            number, caption = self._pairs[position].tolist()
-            sample = None
-            try:
-                sample = self._split.read(number)
-                chosen = _with_caption(sample, caption)
-                rows.append(self._split.assembler.row(chosen, position))
-                if self._records:
-                    records.append(Record(sample.key, chosen.caption(), sample.metadata()))
-            except SampleError as error:
+        for number, sample, row in zip(numbers, samples, self._split.assembler.rows(pairs), strict=True):
+            if isinstance(row, SampleError):
                 raise DataError(
-                    f"Held-out {_named(self._split.bad(number, sample, error))}. Mend it or take it out, then run "
+                    f"Held-out {_named(self._split.bad(number, sample, row))}. Mend it or take it out, then run "
                     f"`python -m data_pipelines index` again."
-                ) from None
-        return collate(rows, records=records)
+                )
+            rows.append(row)
+        return collate(rows, records=[_record(pair) for pair in pairs if isinstance(pair, Pair) and self._records])
 
 
-def _with_caption(sample: Sample, number: int) -> Sample:
-    """The sample as if it had one of its captions alone."""
-    return sample if number == 0 else replace(sample, text=sample.captions()[number].encode(), json=None)
+def _pair(sample: Sample | SampleError, caption: int, position: int) -> Pair | SampleError:
+    try:
+        return sample if isinstance(sample, SampleError) else Pair(sample, sample.captions()[caption], position)
+    except SampleError as error:
+        return error
+
+
+def _record(pair: Pair) -> Record:
+    try:
+        metadata = pair.sample.metadata()
+    except SampleError:  # it has a caption all the same
+        metadata = {}
+    return Record(pair.sample.key, pair.caption, metadata)
 
 
 def _named(bad: BadSample) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.assemble import Assembler, Row, collate
-from data_pipelines.augment import Augmentation
+from data_pipelines.assemble import Assembler, collate, draw_pair
 from data_pipelines.batch import BadSample, Batch
+from data_pipelines.columns import BatchSpec, Row, open_columns
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.errors import DataError, SampleError, named
 from data_pipelines.manifest import Manifest
@@ -22,7 +22,6 @@ from data_pipelines.randomness import Purpose, raw
 from data_pipelines.reader import ShardReader
 from data_pipelines.storage import shown
 from data_pipelines.tar import printable
-from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import BatchDataset, stream
 
 PREFETCHED_MICRO_STEPS = 32  # how far ahead remote shards are brought into the cache
@@ -32,11 +31,7 @@ class TrainingData:
     """The sources of a run as one data-parallel rank sees them.
 
     Args:
-        config: Which shards, and how they are read.
-        image_size: Side of the images in pixels.
-        text_length: Tokens of a caption (L).
-        mask_probability: Share of the pieces hidden for masked language modelling.
-        seed: Of the run.
+        spec: Which shards, how they are read, and what batches hold.
         global_batch: Samples of an optimizer step, over all ranks and micro-steps.
         accumulation: Micro-steps of an optimizer step.
         dp_rank: Place among the data-parallel ranks; ranks that differ only in tp or pp pass the same.
@@ -48,22 +43,18 @@ class TrainingData:
 
     def __init__(
         self,
-        config: DataConfig,
+        spec: BatchSpec,
         *,
-        image_size: int,
-        text_length: int,
-        mask_probability: float,
-        seed: int,
         global_batch: int,
         accumulation: int = 1,
         dp_rank: int = 0,
         dp_size: int = 1,
     ):
+        config, seed = spec.config, spec.seed
         if misfit := config.misfit(global_batch, accumulation, dp_size):
             raise DataError(misfit)
         self._config = config
-        with named("data.tokenizer"):
-            self.tokenizer = Tokenizer.load(config.tokenizer)
+        self.tokenizer = spec.tokenizer
         self.sources = _open_sources(config, seed)
         changes = (source.config.weight for source in self.sources if isinstance(source.config.weight, dict))
         for step in sorted({0}.union(*changes)):
@@ -72,12 +63,9 @@ class TrainingData:
         self._grains_per_step = global_batch // config.grain
         self._accumulation = accumulation
         self.micro_batch_per_rank = global_batch // (dp_size * accumulation)
-        augmentation = Augmentation(config.crop_scale, config.flip, config.augment, seed)
-        assembler = Assembler(
-            self.tokenizer, image_size, text_length, mask_probability, seed, config.exif_orientation, augmentation
-        )
+        assembler = Assembler(open_columns(spec, training=True))
         grains = range(dp_rank, self._grains_per_step // accumulation, dp_size)
-        self._dataset = _TrainingBatches(self.sources, assembler, grains, self._grains_per_step // accumulation)
+        self._dataset = _TrainingBatches(self.sources, assembler, seed, grains, self._grains_per_step // accumulation)
 
     def initial_state(self) -> DataState:
         """The beginning of a run with these sources."""
@@ -222,8 +210,15 @@ class _Places:
 class _TrainingBatches(BatchDataset):
     """One rank's micro-batch of each micro-step, keyed by (segment, first grain)."""
 
-    def __init__(self, sources: tuple[Source, ...], assembler: Assembler, grains: range, grains_per_micro_step: int):
-        self._sources, self._assembler = sources, assembler
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        assembler: Assembler,
+        seed: int,
+        grains: range,
+        grains_per_micro_step: int,
+    ):
+        self._sources, self._assembler, self._seed = sources, assembler, seed
         self._grains = grains  # of a micro-step, those of this rank
         self._ahead = PREFETCHED_MICRO_STEPS * grains_per_micro_step
         self._asked = 0  # grains before this one have been asked for
@@ -243,7 +238,8 @@ class _TrainingBatches(BatchDataset):
         shards, indices = source.order.locate(epoch, number)
         samples = source.reader.read_all(shards.tolist(), indices.tolist())
         first = grain * source.order.grain
-        rows = self._assembler.rows(samples, range(first, first + len(samples)))
+        pairs = [draw_pair(sample, first + item, self._seed) for item, sample in enumerate(samples)]
+        rows = self._assembler.rows(pairs)
         for item, (shard, sample, row) in enumerate(zip(shards.tolist(), samples, rows, strict=True)):
             if isinstance(row, SampleError):
                 bad.append(BadSample(source.manifest.shards[shard].location, sample.key, str(row)))
@@ -254,7 +250,7 @@ class _TrainingBatches(BatchDataset):
         # Further bad samples on the way are not reported here: each is when its own turn comes.
         for place in source.order.replacements(epoch, number, item):
             with suppress(SampleError):
-                return self._assembler.row(source.reader.read(*place), position)
+                return self._assembler.row(draw_pair(source.reader.read(*place), position, self._seed))
         raise DataError(
             f"No sample of a whole window of {source.order.window:,} can be used; one is {printable(bad.key)} in shard "
             f"{shown(bad.shard)}: {bad.reason}. Check how these shards were made."

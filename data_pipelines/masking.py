@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.randomness import Purpose, uniform
 from data_pipelines.tokenizer import Tokenizer
 
-IGNORE = -100  # equal to data_pipelines.batch.IGNORE, which needs torch; a test holds the two together
+IGNORE = -100  # a masked slot that is not used; the target that cross-entropy skips
 
 
 def num_masked_slots(text_length: int, probability: float) -> int:

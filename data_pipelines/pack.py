@@ -112,11 +112,12 @@ def _sample(row: Row) -> Sample | tuple[str, str]:
         kind = "bad image"
         if (found := image_format(data)) and found not in FORMATS:
             kind = "format that is not supported"
-        read_header(data)
+        extension = read_header(data).extension
         kind = "bad caption"
         text, several = _caption(row.caption)
         kind = "bad metadata"
-        sample = Sample("", f"{row.number:09d}", data, text, _json(row.metadata | several))
+        members = {extension: data, "txt": text, "json": _json(row.metadata | several)}
+        sample = Sample("", f"{row.number:09d}", members)
         sample.metadata()
         kind = "bad caption"
         sample.captions()
@@ -203,12 +204,7 @@ def _write_shards(folder: Path, samples: Iterator[Sample], samples_per_shard: in
 
 
 def _members(sample: Sample) -> dict[str, bytes | str]:
-    return {
-        "__key__": sample.key,
-        read_header(sample.image).extension: sample.image,
-        "txt": sample.captions()[0].encode(),
-        "json": sample.json or b"{}",
-    }
+    return {"__key__": sample.key, **sample.members, "txt": sample.captions()[0].encode()}
 
 
 def _too_few(source: Path, packed: Packed, kept: int) -> DataError:

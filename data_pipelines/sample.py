@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -93,13 +93,26 @@ def fix_of(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image-text pair as it lies in a shard."""
+    """A sample as it lies in a shard: its members by extension, an image and a caption among them."""
 
     shard: str
     key: str
-    image: bytes
-    text: bytes | None  # of .txt
-    json: bytes | None
+    members: Mapping[str, bytes]
+
+    @property
+    def image(self) -> bytes:
+        """The member that holds the image."""
+        return next(self.members[name] for name in IMAGE_EXTENSIONS if name in self.members)
+
+    @property
+    def text(self) -> bytes | None:
+        """The content of .txt."""
+        return self.members.get("txt")
+
+    @property
+    def json(self) -> bytes | None:
+        """The content of .json."""
+        return self.members.get("json")
 
     def captions(self) -> tuple[str, ...]:
         """What may be said of the image, as `read_captions` decides.
@@ -184,14 +197,8 @@ def parse_sample(shard: str, data: bytes) -> Sample:
         raise TarError(found.stop, "a sample that ends early")
     if fault := fault_of(found, read):
         raise SampleError(fault.reason, found.key)
-
-    def content(extension: str) -> bytes | None:
-        member = found.members.get(extension)
-        return None if member is None else read(member.start, member.size)
-
-    image = image_member(found)
-    assert image is not None
-    return Sample(shard, found.key, read(image.start, image.size), content("txt"), content("json"))
+    members = {extension: read(member.start, member.size) for extension, member in found.members.items()}
+    return Sample(shard, found.key, members)
 
 
 def normalised_caption(caption: str) -> bytes:

@@ -49,7 +49,7 @@ def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_r
     rows: list[tuple[Tensor, ...]] = []
     batches = heldout.batches(micro_batch_per_rank, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
     while (batch := _agree(mesh, stop, lambda: next(batches, None))) is not None:
-        columns = batch.to(mesh.device).tensors()
+        columns = batch.to(mesh.device).tensors
         (found,) = engine.run([*architecture.reports, *embeddings], [columns])
         reports.append(report(architecture, found))
         kept = columns | found

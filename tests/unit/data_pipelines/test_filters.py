@@ -340,7 +340,7 @@ def test_training_on_a_filtered_manifest_reads_only_what_is_kept(tmp_path: Path,
     assert 8 < len(expected) < 42
     data = corpus.training(global_batch=4, lanes=1)
     batches = data.batches(data.initial_state())
-    epoch = [image for _ in range(len(expected) // 4) for image in next(batches).image_ids.tolist()]
+    epoch = [image for _ in range(len(expected) // 4) for image in next(batches).tensors["image_ids"].tolist()]
     assert len(set(epoch)) == len(epoch) > len(expected) - 4
     assert set(epoch) <= expected
 
@@ -380,7 +380,7 @@ def test_a_folder_of_img2dataset_trains_without_conversion(
     seen = [next(batches) for _ in range(4)]  # two epochs of 16 or 18 samples
     bad = [problem for batch in seen for problem in batch.bad]
     assert {problem.key for problem in bad} == ({"000010004"} if trust else set())
-    assert all(len(batch.positions) == 8 for batch in seen)
+    assert all(len(batch.tensors["positions"]) == 8 for batch in seen)
 
 
 @pytest.mark.parametrize("with_json", [True, False])

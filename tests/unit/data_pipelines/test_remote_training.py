@@ -48,7 +48,7 @@ def expected(corpus: Corpus) -> list[list[int]]:
 
 
 def images(data: TrainingData, steps: int = STEPS) -> list[list[int]]:
-    return [batch.image_ids.tolist() for batch in islice(data.batches(data.initial_state()), steps)]
+    return [batch.tensors["image_ids"].tolist() for batch in islice(data.batches(data.initial_state()), steps)]
 
 
 def urls(server: ShardServer, corpus: Corpus) -> list[str]:
