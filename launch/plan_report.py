@@ -154,7 +154,7 @@ def _flops_lines(costs: Costs) -> list[str]:
     found.sort(key=lambda row: -row[1])
     rows = [[needed, f"{flops / 1e12:.3f}", f"{flops / everything:.1%}"] for needed, flops in found]
     rows.append(["in all", f"{everything / 1e12:.3f}", ""])
-    return _table(["one pass of training, needed by", "TFLOP a sample", "share"], rows)
+    return _table(["one pass of training, needed by", "TFLOP per sample", "share"], rows)
 
 
 def _exchange_lines(plan: Plan) -> list[str]:

@@ -267,5 +267,6 @@ def test_our_own_layers_exchange_the_predicted_bytes(four_ranks, changes):
     for part in parts:
         for transfer in transfers(config, cost, layout, part, gpu=False):
             predicted[transfer.kind, transfer.axis] += transfer.size * 4 / len(parts)
-    assert {key: measured[key] for key in predicted} == pytest.approx(dict(predicted), rel=0.05)
+    headers = 1000  # say what lies in a message
+    assert {key: measured[key] for key in predicted} == pytest.approx(dict(predicted), rel=0.05, abs=headers)
     assert sum(measured.values()) == pytest.approx(sum(predicted.values()), rel=0.05)
