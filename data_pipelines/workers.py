@@ -159,7 +159,8 @@ def _answer_with_error(queue: Queue[Any], error: Exception, item: Any) -> None:
 
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = _answer_with_error  # pyright: ignore[reportAttributeAccessIssue]; else: a traceback
-    sys.excepthook = lambda *_: None  # of a thread that passes open files on; the trainer tells that one did not come
+    # Threads that pass open files on, and one whose queue the trainer has closed: the trainer tells what did not come.
+    sys.excepthook = threading.excepthook = lambda *_: None
     # One core per worker: their number is the parallelism.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
