@@ -31,15 +31,15 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data_pipelines.batch import known_tensors
-from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import Manifest, Shard
-from data_pipelines.mixture import DataState
-from data_pipelines.reader import iter_captions
-from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import Manifest, Shard
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.reader import iter_captions
 
 BATCH = 64
 SIDE = 224

@@ -14,17 +14,17 @@ from torch import Tensor
 # samples in a row: what the processor still has in its cache takes half the time. Images come last of what can be bad.
 COLUMNS: dict[str, tuple[str, ...]] = {
     # text: (B, L) int64, [CLS] pieces [SEP], padded with the tokenizer's pad id
-    "data_pipelines.columns.CaptionColumn": ("text",),
+    "data_pipelines.samples.columns.CaptionColumn": ("text",),
     # masked_text: (B, L) int64, `text` after corruption for masked language modelling
     # masked_positions: (B, K) int64, places in the caption to predict; 0 where the slot is unused
     # masked_targets: (B, K) int64, the token that stood there; IGNORE where the slot is unused
-    "data_pipelines.columns.MaskedCaptionColumn": ("text", "masked_text", "masked_positions", "masked_targets"),
+    "data_pipelines.samples.columns.MaskedCaptionColumn": ("text", "masked_text", "masked_positions", "masked_targets"),
     # images: (B, 3, H, W) uint8; normalised on the device
-    "data_pipelines.columns.ImageColumn": ("images",),
+    "data_pipelines.samples.columns.ImageColumn": ("images",),
     # positions: (B,) int64, global sample position, unique over the run; the key of all randomness
     # image_ids: (B,) int64, hash of the image's bytes
     # caption_ids: (B,) int64, hash of the caption after lower-casing and joining white space
-    "data_pipelines.columns.IdColumn": ("positions", "image_ids", "caption_ids"),
+    "data_pipelines.samples.columns.IdColumn": ("positions", "image_ids", "caption_ids"),
 }
 IDS = ("positions", "image_ids", "caption_ids")  # in every batch, whether the model reads them or not
 

@@ -1,8 +1,8 @@
 """From a config to what a batch holds: what the architecture reads, in the sizes of the model."""
 
-from data_pipelines.columns import BatchSpec
 from data_pipelines.errors import named
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer
 from pretrain.config import Config
 from pretrain.models.architectures import architecture_of
 from pretrain.models.towers import Vocabulary

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.stream.heldout import HeldoutData
 from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config, EngineConfig, parse_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.batch import Record
-from data_pipelines.heldout import HeldoutData
+from data_pipelines.stream.heldout import HeldoutData
 from pretrain.captioning import look, same_captions, write_captions
 from pretrain.models.layer import COUNTS, Architecture, Flow
 from pretrain.parallel.engine import Engine

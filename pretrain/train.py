@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TextIO
 
 from data_pipelines.errors import UserError, named
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.loader import TrainingData
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
 from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config

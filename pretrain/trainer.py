@@ -11,10 +11,10 @@ import yaml
 from torch import Tensor
 
 from data_pipelines.batch import Batch
-from data_pipelines.budget import BadSampleBudget
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.loader import TrainingData
-from data_pipelines.mixture import DataState
+from data_pipelines.order.mixture import DataState
+from data_pipelines.stream.budget import BadSampleBudget
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run

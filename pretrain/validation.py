@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import UserError
-from data_pipelines.heldout import HeldoutData
+from data_pipelines.stream.heldout import HeldoutData
 from pretrain.figures import EMBEDDINGS
 from pretrain.models.model import Report, report
 from pretrain.parallel.engine import Engine, by_name, totals

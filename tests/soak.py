@@ -31,15 +31,15 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_pipelines.batch import IDS, known_tensors
-from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import write_atomically
-from data_pipelines.mixture import DataState
-from data_pipelines.sample import hash64
-from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import write_atomically
+from data_pipelines.shards.sample import hash64
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.loader import TrainingData
 
 GLOBAL_BATCH, GRAIN, LANES = 48, 2, 3
 CHECKPOINT_EVERY = 3  # steps

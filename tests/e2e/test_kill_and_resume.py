@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.batch import IDS
-from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
-from data_pipelines.loader import TrainingData
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.stream.loader import TrainingData
 from e2e.conftest import metrics, run, start, survivors, tiny_run, wait_for_step, write_config
 
 STEPS = 30

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from data_pipelines.batch import known_tensors
-from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import check_image
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.index import Report, build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import Sample, hash64, normalised_caption
-from data_pipelines.scan import FeatureFields, features, scan
-from data_pipelines.storage import open_bytes
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.decode import check_image
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.shards.index import Report, build_manifest
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.sample import Sample, hash64, normalised_caption
+from data_pipelines.shards.scan import FeatureFields, features, scan
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.reader import ShardReader
 from fuzz.mutants import FIRED, TAGS, Mutant, shards
 from fuzz.oracle import IMAGES, Found, UnusableError, captions, read_range, read_shard
 

@@ -47,7 +47,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.retrieval": (),
     "pretrain.run_folder": (
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
-        *("data_pipelines.manifest", "data_pipelines.text"),
+        *("data_pipelines.shards.manifest", "data_pipelines.text"),
     ),
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
@@ -59,7 +59,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.captioning", "pretrain.scores", "pretrain.zero_shot", "data_pipelines"),
     ),
     "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
-    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest", "data_pipelines.text"),
+    "pretrain.scores": ("data_pipelines.stream.heldout", "data_pipelines.shards.manifest", "data_pipelines.text"),
     "pretrain.stopping": (),
     "pretrain.screen": (),
     "pretrain.parallel": (
@@ -72,7 +72,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     ),
     "pretrain.synthetic": (
         *("pretrain.models", "pretrain.objectives", "pretrain.config", "pretrain.errors"),
-        "data_pipelines.masking",
+        "data_pipelines.samples.masking",
     ),
     "pretrain.models": (
         *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.errors"),
@@ -87,6 +87,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain": (),
     "data_pipelines": (),
 }
+
+
+# The rooms of data_pipelines, lowest first; what lies beside them is for all.
+ROOMS = ("storage", "shards", "order", "samples", "stream", "tools", "demo")
 
 
 def within(module: str, *parts: str) -> bool:
@@ -145,6 +149,20 @@ def test_a_model_reads_neither_the_environment_nor_its_rank(module: str):
 def test_our_own_modules_are_imported_at_the_top_where_a_reader_looks(module: str):
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
     assert not {name for function in functions for name in imports(function)} & PATHS.keys()
+
+
+@pytest.mark.parametrize("module", [module for module in PATHS if module.startswith("data_pipelines.")])
+def test_a_room_of_the_data_imports_only_rooms_below_it(module: str):
+    """Above all, no module of a run imports a tool."""
+    floors = {f"data_pipelines.{room}": floor for floor, room in enumerate(ROOMS, 1)} | {
+        "data_pipelines.__main__": len(ROOMS) + 1
+    }
+
+    def floor(name: str) -> int:
+        return next((floor for room, floor in floors.items() if within(name, room)), 0)
+
+    above = {name for name in IMPORTS[module] if name.startswith("data_pipelines") and floor(name) > floor(module)}
+    assert not above, f"{module} may not import {sorted(above)}"
 
 
 def test_no_module_imports_itself_by_a_detour():

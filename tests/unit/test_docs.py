@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import command_line
+from data_pipelines.tools import command_line
 from launch import __main__ as launch
 from launch.hardware import GPUS
 from launch.plan import Cluster, Costs, make_plan

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.batch import known_tensors
-from data_pipelines.columns import BatchSpec
 from data_pipelines.config import DataConfig
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
 
 WORDS = ("red", "green", "large", "circle", "square", "above", "below", "mountain", "river", "photograph", "of", "the")
 MASKING = 0.15

@@ -13,8 +13,8 @@ import torch
 from corpus import Corpus, Members, make_corpus
 
 from data_pipelines.batch import COLUMNS, IDS, Batch, known_tensors
-from data_pipelines.columns import open_columns
 from data_pipelines.errors import DataError
+from data_pipelines.samples.columns import open_columns
 from distributed.tiny import VOCABULARY, tiny_config
 from pretrain.batch_spec import batch_spec
 from pretrain.errors import ConfigError
@@ -28,7 +28,7 @@ EXTRA = f'''
 """What a user adds: two classes, and a third that is wrong."""
 import io, wave
 import numpy as np
-from data_pipelines.columns import Column, Pair, Row
+from data_pipelines.samples.columns import Column, Pair, Row
 from data_pipelines.errors import SampleError
 
 {LABELS}

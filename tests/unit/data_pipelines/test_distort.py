@@ -10,10 +10,10 @@ import torch
 from corpus import Corpus
 from PIL import Image, ImageEnhance, ImageOps
 
-from data_pipelines import distort as module
-from data_pipelines.augment import Augmentation
 from data_pipelines.config import AugmentConfig
-from data_pipelines.distort import OPERATIONS, blur, distort, jitter, rand_augment
+from data_pipelines.samples import distort as module
+from data_pipelines.samples.augment import Augmentation
+from data_pipelines.samples.distort import OPERATIONS, blur, distort, jitter, rand_augment
 
 IDENTITY, AUTOCONTRAST, EQUALIZE, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = OPERATIONS
 GREY = (128, 128, 128)

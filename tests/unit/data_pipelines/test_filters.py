@@ -16,15 +16,15 @@ from pyarrow import parquet
 
 from data_pipelines.__main__ import main
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.filters import Filters
-from data_pipelines.index import Report, build_manifest, count_from_stats
-from data_pipelines.manifest import Manifest
-from data_pipelines.problems import Problem, write_problems
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import hash64
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import name_sources
-from data_pipelines.verify import verify
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import Report, build_manifest, count_from_stats
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.problems import Problem, write_problems
+from data_pipelines.shards.sample import hash64
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.sources import name_sources
+from data_pipelines.tools.verify import verify
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -227,7 +227,7 @@ def test_other_thresholds_scan_nothing_again(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise AssertionError("a shard was read again")
 
-    monkeypatch.setattr("data_pipelines.index.open_bytes", refuse)
+    monkeypatch.setattr("data_pipelines.shards.index.open_bytes", refuse)
     second, report = index(tmp_path, min_size=20, caption_characters=(2, 100))
     assert report.reused == 3
     assert (keys_of_bits(first), keys_of_bits(second)) == ("bdef", "abdef")

@@ -10,7 +10,7 @@ from corpus import Corpus, Members, caption, jpeg, make_corpus
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.heldout import Examined, HeldoutData
+from data_pipelines.stream.heldout import Examined, HeldoutData
 
 
 @pytest.mark.parametrize(("batch_size", "dp_size"), [(164, 1), (10, 1), (16, 3), (7, 4), (100, 4)])

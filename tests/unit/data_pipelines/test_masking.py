@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.masking import IGNORE, mask_words, num_masked_slots
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.masking import IGNORE, mask_words, num_masked_slots
+from data_pipelines.samples.tokenizer import Tokenizer
 
 LENGTH = 24
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError
-from data_pipelines.loader import TrainingData
-from data_pipelines.mixture import DataState
+from data_pipelines.order.mixture import DataState
+from data_pipelines.stream.loader import TrainingData
 
 CLEAN, SMALL = 1000, 2000  # numbers of the samples in these two sources begin here
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import DataError
-from data_pipelines.loader import TrainingData
-from data_pipelines.masking import IGNORE
-from data_pipelines.mixture import DataState
-from data_pipelines.workers import BatchDataset, stream, usable_workers
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.masking import IGNORE
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.workers import BatchDataset, stream, usable_workers
 
 Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
 
@@ -389,7 +389,7 @@ def test_a_request_to_stop_is_heard_while_data_does_not_come(tmp_path: Path, wor
         tmp_path,
         f"""
 import os, signal, threading, time
-from data_pipelines.workers import stream
+from data_pipelines.stream.workers import stream
 from pretrain.stopping import Interrupted, Stop
 from test_training_data import Silent
 if __name__ == "__main__":
