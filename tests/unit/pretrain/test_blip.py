@@ -1,8 +1,11 @@
 """BLIP: one pass over [text; encoder; decoder] rows is the passes of the paper, each of which runs no other's rows."""
 
+import ast
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from distributed.tiny import BLIP, GRAIN, VOCABULARY, build, run_each, tiny_config
 from pretrain.errors import ConfigError
+from pretrain.models import blip
 from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import Flow, Groups, leading_to
 from pretrain.models.model import Model
@@ -235,3 +239,21 @@ def test_what_does_not_go_together_is_refused_in_a_sentence(changes, message):
     with pytest.raises(ConfigError) as caught:
         architecture_of(tiny_config(**(BLIP | changes)), VOCABULARY)
     assert message in str(caught.value)
+
+
+def test_the_pages_example_is_the_model():
+    """docs/architecture.md builds layers of BLIP; its code runs here, and its layers are the model's."""
+    page = (Path(__file__).parents[3] / "docs/architecture.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page.partition("## How to add an architecture")[2], flags=re.DOTALL)
+    config = tiny_config(**BLIP)
+    model = {layer.name: layer for layer in architecture_of(config, VOCABULARY).layers}
+    names = vars(blip) | {"config": config, "objectives": config.objectives, "groups": Groups(), "block": None}
+    shown = []
+    for statement in ast.parse("".join(blocks)).body:
+        if isinstance(statement, ast.Expr):
+            shown.append(eval(compile(ast.Expression(statement.value), "page", "eval"), names))
+        else:
+            exec(compile(ast.Module([statement], []), "page", "exec"), names)
+    assert [layer.name for layer in shown] == ["join_med", "split_med", "med_block_0", "mining"]
+    for layer in shown:
+        assert layer._replace(build=None) == model[layer.name]._replace(build=None)
