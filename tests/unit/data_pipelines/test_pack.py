@@ -537,7 +537,7 @@ def label_table(tmp_path: Path, count: int) -> Path:
     for number in range(count):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number // 2))
         rows.append({"image": f"{number}.jpg", "caption": f"number {number}", "captions": "x", "kind": number % 3})
-    rows[0]["kind"] = None
+    rows[0]["kind"], rows[1]["kind"] = None, " "
     write_table(tmp_path / "t.jsonl", rows)
     return tmp_path / "t.jsonl"
 
