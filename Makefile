@@ -36,7 +36,7 @@ lint: .venv/.installed ## Lint, check the format and the types
 docs: .venv/.installed ## Write docs/settings.md from the config's models
 	@PYTHONPATH=. .venv/bin/python docs/settings.py
 
-fuzz: .venv/.installed ## Spoil shards, tables and folders in MUTANTS=100000 ways drawn by SEED=1, and check what is read
+fuzz: .venv/.installed ## Spoil shards, tables, folders and configs in MUTANTS=100000 ways drawn by SEED=1, and check what is read
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
 
 soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed

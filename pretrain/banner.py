@@ -11,6 +11,7 @@ import torch
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.stream.workers import usable_workers
+from data_pipelines.text import counted
 from pretrain.config import Config
 from pretrain.parallel.mesh import Mesh, training_dtype
 
@@ -35,7 +36,7 @@ def banner(
     """The lines that a run begins with: what is trained, on what, how long, and what may surprise."""
     about = facts(config, mesh, data, parameters)
     begin = f"resumed at step {step}" if step else "a fresh run"
-    ranks = f"{_plural(mesh.world.size, 'rank')} ({mesh.device.type}"
+    ranks = f"{counted(mesh.world.size, 'rank')} ({mesh.device.type}"
     layout = f"data x tensor x pipeline parallel {about['data x tensor x pipeline parallel']}"
     yield (
         f"{config.output}: {begin}. {parameters:,} parameters in {about['precision']} on {ranks}; {layout}, "
@@ -59,15 +60,15 @@ def banner(
         f"{data.micro_batch_per_rank} per rank): {', '.join(sources)}."
     )
     if heldout:
-        yield f"Held out: {_plural(len(heldout), 'pair')}, evaluated every {training.evaluate_every:,} steps."
+        yield f"Held out: {counted(len(heldout), 'pair')}, evaluated every {training.evaluate_every:,} steps."
         if complaint := heldout.complaint():
             yield complaint
     wanted = config.data.workers
     if (workers := usable_workers(wanted)) < wanted:
-        yield f"data.workers is {wanted}, and a rank may use {_plural(workers, 'core')} here: {workers} will decode."
+        yield f"data.workers is {wanted}, and a rank may use {counted(workers, 'core')} here: {workers} will decode."
     if gpus := idle_gpus(os.environ):
         yield (
-            f"This machine has {_plural(gpus, 'NVIDIA GPU')} that torch {torch.__version__} cannot use: training on "
+            f"This machine has {counted(gpus, 'NVIDIA GPU')} that torch {torch.__version__} cannot use: training on "
             f"the CPU. Install a CUDA build of torch that suits the driver, or hide them with CUDA_VISIBLE_DEVICES=."
         )
 
@@ -87,10 +88,6 @@ def idle_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in environ:
         return 0
     return sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _short(value: Any) -> str:

@@ -105,6 +105,12 @@ def still_there(checkpoint: Path) -> Iterator[None]:
 
 def open_split(config: Config, mesh: Mesh, run_folder: Path, fingerprint: str) -> HeldoutData:
     """The pairs to evaluate on, with the tokenizer that the run was trained with, and all of them looked at."""
+    heldout = config.data.heldout
+    if heldout and not heldout.is_absolute() and not heldout.exists():
+        raise DataError(
+            f"There is no {heldout} in {Path.cwd()}: evaluate where the run was started, or say where the data is with "
+            f"data.heldout=PATH or --split PATH."
+        )
     path = find_tokenizer([*kept_tokenizers(run_folder), config.data.tokenizer], fingerprint)
     read = config.data.model_copy(update={"tokenizer": path})
     data = HeldoutData(batch_spec(config.model_copy(update={"data": read})))

@@ -15,6 +15,7 @@ from data_pipelines.order.mixture import DataState
 from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
+from data_pipelines.text import counted
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
@@ -90,7 +91,7 @@ class Trainer:
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
-        self._say(f"Resumed from {checkpoint}, saved on {ranks} ranks, at step {self.step}.")
+        self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
         if changed := list(changes(run["config"], self.config.model_dump(mode="json"))):
             self._say(f"Changed since step {self.step}: {'; '.join(changed)}.")
 

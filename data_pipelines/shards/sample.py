@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,7 +21,7 @@ MAX_JSON_BYTES = 16 << 20  # parsed, brackets take twenty times as much memory
 
 
 class Fault(IntEnum):
-    """What a scan of the headers finds wrong with a sample; stored in indexes, so the numbers stay."""
+    """What a scan finds wrong with a sample; stored in indexes, so the numbers stay."""
 
     NONE = 0
     NO_IMAGE = 1
@@ -76,7 +77,7 @@ _FIXES = {
     Fault.REPEATED_MEMBER: "a sample has one member of each kind: leave one of them out",
     Fault.REPEATED_KEY: "each sample of a shard needs a key of its own",
     Fault.DAMAGED: "fetch or make the shard again",
-    Fault.BAD_CAPTION: "captions are UTF-8",
+    Fault.BAD_CAPTION: f"captions are UTF-8, of {MAX_CAPTION_BYTES:,} bytes at most",
     Fault.SCATTERED: "members of a sample must be neighbours: make the shard again with `tar --sort=name`",
     Fault.DOTTED_KEY: "a key ends at the first dot of the file's name: rename the files, as in `a_2.jpg` for `a.2.jpg`",
     Fault.LINK: "`tar --dereference --hard-dereference` stores the bytes of every file",
@@ -234,6 +235,22 @@ def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
         return _missing(sample, Fault.NO_CAPTION, ("txt", "json"))
     try:
         read_captions(text and read(text.start, text.size), metadata and read(metadata.start, metadata.size))
+    except ContentError as error:
+        return error.fault
+    return Fault.NONE
+
+
+def caption_fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
+    """What the caption of a sample without another fault says against it, as verify and training find it."""
+    text, metadata = sample.members.get("txt"), sample.members.get("json")
+    if not (text and text.size):
+        return Fault.NONE  # its json was read already
+    said = read(text.start, min(text.size, MAX_CAPTION_BYTES + 1))
+    with suppress(ContentError):
+        if _clean(said):
+            return Fault.NONE
+    try:
+        read_captions(said, metadata and read(metadata.start, metadata.size))
     except ContentError as error:
         return error.fault
     return Fault.NONE

@@ -11,7 +11,15 @@ import numpy as np
 
 from data_pipelines.errors import SampleError
 from data_pipelines.shards.header import size_of
-from data_pipelines.shards.sample import Fault, Sample, fault_of, hash64, normalised_caption, parse_sample
+from data_pipelines.shards.sample import (
+    Fault,
+    Sample,
+    caption_fault_of,
+    fault_of,
+    hash64,
+    normalised_caption,
+    parse_sample,
+)
 from data_pipelines.shards.tar import (
     Member,
     NoTarError,
@@ -81,7 +89,7 @@ def scan(source: ByteSource) -> np.ndarray:
     known: dict[str, tuple[int, dict[str, Member]]] = {}  # by key: its first row, and all its members
     try:
         for sample in iter_samples(iter_members(source.read, source.size, whole=True)):
-            fault = fault_of(sample, source.read)
+            fault = fault_of(sample, source.read) or caption_fault_of(sample, source.read)
             if sample.key in known:
                 first, members = known[sample.key]
                 fault = _fault_of_another(rows, first, fault, members.keys().isdisjoint(sample.members))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,7 @@ def _index(commands: argparse._SubParsersAction) -> None:
         commands,
         "index",
         "write the manifest of existing shards (from img2dataset, say)",
-        "Reads the headers of every shard once, leaves out samples without an image or a caption, and says which. "
+        "Reads headers and .txt of every shard once, leaves out samples without an image or a caption, and says which. "
         "Filters read whole samples. What was read is kept in a folder beside the manifest, so that a second run, "
         "after an interruption or with other thresholds, takes seconds.",
     )
@@ -288,7 +289,10 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _score(text: str) -> tuple[str, float]:
     name, value = _assignment(text)
-    return name, _number(value, "FIELD=NUMBER, such as similarity=0.28")
+    number = _number(value, "FIELD=NUMBER, such as similarity=0.28")
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"give a number, not {value}: no score is above or below it")
+    return name, number
 
 
 def _number(text: str, wanted: str) -> float:

@@ -169,7 +169,8 @@ def _json(metadata: dict[str, object]) -> bytes:
 
 def _noting_labels(samples: Iterator[Sample], label: str, labels: set[str]) -> Iterator[Sample]:
     for sample in samples:
-        if (value := sample.metadata().get(label)) is not None:
+        value = sample.metadata().get(label)
+        if value is not None and str(value).strip():  # an empty cell is no class
             labels.add(str(value))  # as evaluation compares them
         yield sample
 

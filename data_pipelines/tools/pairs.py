@@ -17,7 +17,8 @@ from data_pipelines.tools.tables import READERS, Record, read_table
 # Files of these names that are no images are listed; any other file is an image where its bytes say so.
 _IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
-    *(".jxl", ".jp2", ".ico", ".psd", ".svg"),
+    *(".jxl", ".jp2", ".j2k", ".ico", ".psd", ".svg", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".dds", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 }
 _OURS = ("captions", "caption")  # fields of a sample's json that mean what training reads
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")

@@ -156,7 +156,7 @@ def _once_each(pairs: list[tuple[str, object]]) -> Record:
 
 
 def _parquet(path: Path) -> Table:
-    from pyarrow import ArrowException, RecordBatch, parquet  # takes half a second
+    from pyarrow import ArrowException, RecordBatch, Scalar, parquet  # takes half a second
 
     broken = (ArrowException, OSError, ValueError)
     sentence = f"{path} cannot be read as parquet (%s): write it again, or give the table as .csv or .jsonl."
@@ -168,13 +168,19 @@ def _parquet(path: Path) -> Table:
         except broken as error:
             raise DataError(sentence % type(error).__name__) from None
 
+    def plain(value: Scalar) -> object:
+        try:
+            return value.as_py()
+        except ValueError:  # a time to the nanosecond
+            return value.cast("string").as_py()
+
     def values(batch: RecordBatch) -> Iterator[Record | SampleError]:
         for place in range(batch.num_rows):
             record: Record = {}
             for name, column in zip(file.schema_arrow.names, batch.columns, strict=True):
                 try:
-                    record[name] = column[place].as_py()
-                except Exception as error:  # text that is no UTF-8, a date beyond Python's
+                    record[name] = plain(column[place])
+                except Exception as error:  # text that is no UTF-8
                     yield SampleError(f"{cut(name)!r} cannot be read: {cut(str(error))}")
                     break
             else:

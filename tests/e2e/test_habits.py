@@ -62,7 +62,7 @@ def test_a_copied_checkpoint_a_changed_config_and_a_terminal_of_ascii_on_a_full_
     assert (process.stderr.read(), process.wait()) == ("", 0)
     for words in (
         f"Left alone in {checkpoints}, as no checkpoints of this run: step-backup.",
-        f"Resumed from {checkpoints / 'step-000000004'}, saved on 1 ranks, at step 4.",
+        f"Resumed from {checkpoints / 'step-000000004'}, saved on 1 rank, at step 4.",
         "Changed since step 4: optimizer.learning_rate: 0.001 -> 0.0005; training.steps: 4 -> 8.",
         "resumed at step 4. 68,380 parameters",
         "A step takes 128 samples of train, which has 64 in an epoch: steps repeat samples.",

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from data_pipelines.samples.tokenizer import train_sentencepiece
+from fuzz.configs import try_config
 from fuzz.mutants import make_mutant
 from fuzz.sources import try_source
 from fuzz.trial import Bench, bounded_memory, try_mutant
 
 HANG_S = 300.0
-SHARDS_A_SOURCE = 20  # spoilt shards for each spoilt table or folder to pack, which takes longer
+SHARDS_A_SOURCE = 4  # spoilt shards for each spoilt table or folder to pack, and for each spoilt config
 
 
 def main(mutants: int, seed: int) -> None:
@@ -37,7 +38,9 @@ def main(mutants: int, seed: int) -> None:
             kinds[mutant.kind] += 1
             try_mutant(bench, mutant, outcomes)
 
-        trials = [(spoilt_shard, mutants), (partial(try_source, folder, seed, outcomes), mutants // SHARDS_A_SOURCE)]
+        few = mutants // SHARDS_A_SOURCE
+        others = [(partial(subject, folder, seed, outcomes), few) for subject in (try_source, try_config)]
+        trials = [(spoilt_shard, mutants), *others]
         for trial, number in ((trial, number) for trial, count in trials for number in range(count)):
             start = time.process_time()
             dump_traceback_later(HANG_S, exit=True)  # even in C code

@@ -50,7 +50,8 @@ def read_shard(data: bytes) -> tuple[list[Found], str]:
         samples = samples[:-1]
     told: list[Found] = []
     for sample in samples:
-        fault, first = _fault(sample), next((one for one in told if one.key == sample.key), None)
+        fault = _fault(sample) or _caption_fault(sample)
+        first = next((one for one in told if one.key == sample.key), None)
         if first is not None:
             theirs = {name for one in told if one.key == sample.key for name, _ in one.members}
             parts = [first.fault in _PARTS, fault in _PARTS]
@@ -128,11 +129,21 @@ def _fault(sample: Found) -> str:
         return "empty image"
     if text:
         return ""
+    if text is None and sample.first("json") is None:
+        return _lack(sample, "no caption", ("txt", "json"))
+    return _caption_fault(sample)
+
+
+def _caption_fault(sample: Found) -> str:
+    text = sample.first("txt")
+    try:
+        if text and _text(text):
+            return ""
+    except UnusableError:
+        pass
     try:
         captions(sample)
     except UnusableError as error:
-        if text is None and sample.first("json") is None:
-            return _lack(sample, "no caption", ("txt", "json"))
         kinds = {"json": "unreadable json", "empty": "no caption" if text is None else "empty caption"}
         return kinds.get(str(error), "unreadable caption")
     return ""

@@ -58,13 +58,13 @@ def _try_table(table: Path, out: Path, rng: Random, outcomes: Counter[str]) -> N
         (table.parent / f"{tag}.jpg").write_bytes(_image("JPEG", tag))
     kind = table.suffix[1:]
     good = _table(kind)
-    spoilt = _spoilt(good, rng)
-    table.write_bytes(spoilt)
+    content = spoilt(good, rng)
+    table.write_bytes(content)
     packed = _pack(table, out, outcomes)
     if packed is None or kind == "parquet":
         return
     total, captions = packed
-    text = spoilt.decode("utf-8-sig")
+    text = content.decode("utf-8-sig")
     if "\r" in text or (kind == "csv" and text.count('"') > 1):  # the lines of a cell in quotes are no rows
         return
     header = "" if kind == "jsonl" else good.decode().split("\n")[0]
@@ -177,7 +177,8 @@ def _table(kind: str) -> bytes:
     return text.getvalue().encode()
 
 
-def _spoilt(data: bytes, rng: Random) -> bytes:
+def spoilt(data: bytes, rng: Random) -> bytes:
+    """One to four pieces put in, replaced, left out or repeated, bits flipped, or the end cut off."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at, to = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
         to = min(to, at + rng.choice((1, 8, 64, 4096)))

@@ -41,6 +41,13 @@ CASES: dict[str, tuple[bytes | None, object, list[str]]] = {  # .txt, .json, cap
     "objects alone": (None, {"captions": [{"text": OTHER}]}, []),
     "a number": (None, {"caption": 5}, []),
     "a blank": (None, {"caption": " "}, []),
+    "a blank txt": (b" \n\t", None, []),
+    "a blank txt and an empty list": (b" \n", {"captions": []}, []),
+    "a txt that is no UTF-8": (b"caf\xe9", None, []),
+    "a txt that is no UTF-8, and caption": (b"caf\xe9", {"caption": OTHER}, []),
+    "captions beside a txt that is no UTF-8": (b"caf\xe9", {"captions": [OTHER]}, [OTHER]),
+    "a txt with null bytes": (b"a\0b", None, []),
+    "a txt beyond its bound": (b"x" * 70_000, None, []),
     "unreadable json and an empty txt": (b"", b"{", []),
     "captions with a null byte": (None, {"captions": ["a\0b"]}, []),
 }

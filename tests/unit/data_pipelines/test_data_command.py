@@ -50,8 +50,10 @@ def test_tokenizer_trains_on_the_captions_of_a_manifest_and_exports(corpus: Corp
 def test_fewer_pieces_than_asked_for_and_captions_passed_over_are_told(
     tmp_path: Path, tokenizer_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    unreadable = {3: b'{"captions": [', 4: b'{"captions": ["%s"]}' % (b"x" * 100_000)}
+
     def spoil(index: int, members: Members) -> Members:
-        return members | {"txt": {3: b"\xff", 4: b"x" * 100_000}.get(index, members["txt"])}
+        return members | ({"json": unreadable[index]} if index in unreadable else {})
 
     spoilt, model = make_corpus(tmp_path, tokenizer_path, (12,), spoil), tmp_path / "t.model"
     assert main(["tokenizer", str(spoilt.manifest), "-o", str(model), "--vocab-size", "16000"]) == 0
@@ -59,7 +61,7 @@ def test_fewer_pieces_than_asked_for_and_captions_passed_over_are_told(
     assert re.search(
         r"t\.model: \d+ pieces\nFewer than the 16,000 asked for: every word of these captions is a piece", out
     )
-    for words in ("captions passed over:", "caption is not UTF-8", "caption of 100,000 bytes is longer than 65,536"):
+    for words in ("captions passed over:", "json is not an object", "caption of 100,000 bytes is longer than 65,536"):
         assert words in err
     monkeypatch.setattr(reader, "MAX_TRAINING_CAPTIONS", 10)
     assert main(["coverage", str(model), str(spoilt.manifest)]) == 0
@@ -184,6 +186,7 @@ def test_a_list_of_faults_does_not_outlive_them(shard: Path):
         (["--language", "en"], "write FIELD=VALUE, not 'en'"),
         (["--caption-characters", "a:b"], "write FEWEST:MOST, as in 5:1000, not 'a:b'"),
         (["--unique", "uid"], "invalid choice"),
+        (["--min-score", "score=nan"], "give a number, not nan: no score is above or below it"),
         (["--min-score", "score=high"], "write FIELD=NUMBER, such as similarity=0.28, not 'high'"),
         (["--max-aspect", "wide"], "write a number such as 3, not 'wide'"),
         (["--max-aspect", "nan"], "give 1 or more, not nan: the longer side is never below the shorter"),

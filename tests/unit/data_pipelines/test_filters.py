@@ -276,13 +276,15 @@ def test_nothing_that_was_read_of_a_shard_outlives_a_change_of_it(tmp_path: Path
     assert [shard.sha256 for shard in after.shards] == [sha256(shard.read_bytes()).hexdigest() for shard in shards]
 
 
-def test_a_caption_that_is_no_text_is_left_out_whenever_captions_are_read_and_no_index_changes_by_it(tmp_path: Path):
-    shards: list[list[Members]] = [[sample("a"), sample("b") | {"txt": b"\xff\xfe"}, sample("c")]]
+def test_unreadable_captions_in_json_are_left_out_whenever_json_is_read_and_no_index_changes_by_it(
+    tmp_path: Path,
+):
+    shards: list[list[Members]] = [[sample("a"), sample("b") | {"json": b'{"captions": ["cut'}, sample("c")]]
     unique = frozenset({"image"})
     first, report = index(tmp_path, shards, unique=unique)
     assert [(drop.key, drop.reason) for drop in report.faults] == [("b", "unreadable caption")]
     assert keys(first) == "ac"
-    assert keys(index(tmp_path)[0]) == "abc"  # reads headers only, whatever was read before
+    assert keys(index(tmp_path)[0]) == "abc"  # reads no json beside a good .txt, whatever was read before
     again, report = index(tmp_path, unique=unique)
     assert [drop.key for drop in report.faults] == ["b"]
     assert again.hash == first.hash

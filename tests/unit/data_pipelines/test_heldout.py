@@ -88,7 +88,7 @@ def spoil_some(index: int, sample: Members) -> Members:
     if index == 6:
         return sample | {"json": json.dumps({"captions": ["one", " ", "two red circles"]}).encode(), "txt": b""}
     if index == 70:
-        return sample | {"txt": b"\xff\xfe"}
+        return sample | {"json": b'{"captions": ['}
     return sample
 
 

@@ -398,10 +398,13 @@ def test_whatever_looks_like_an_image_is_packed_by_its_bytes_or_listed_and_hidde
         "l": "BMP",
         "m": "ICO",
     }
+    others = ("n1.tga", "n2.PPM", "n3.dng", "n4.exr")
     for name, kind in formats.items():
         (folder / name).write_bytes(encoded(kind))
     (folder / "n.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (folder / "o.webp").write_bytes(b"<html>404</html>")
+    for name in others:
+        (folder / name).write_bytes(b"of a format that its bytes do not tell")
     (folder / "p.md").write_bytes(b"BMW builds cars, and RIFF is a format")
     (folder / "q.jpg").symlink_to("nowhere.jpg")
     (folder / "r.jpg").mkdir()
@@ -430,6 +433,7 @@ def test_whatever_looks_like_an_image_is_packed_by_its_bytes_or_listed_and_hidde
         **{name: f"{kind} is not supported: convert it to JPEG, PNG or WebP" for name, kind in formats.items()},
         "n.heic": "HEIC is not supported: convert it to JPEG, PNG or WebP",
         "o.webp": "image cannot be decoded: it is HTML or XML",
+        **dict.fromkeys(others, "image cannot be decoded: it is no JPEG, PNG or WebP"),
         "q.jpg": "image cannot be read: No such file or directory",
         "v/back": "folder was read before, by a link",
     }
@@ -533,7 +537,7 @@ def label_table(tmp_path: Path, count: int) -> Path:
     for number in range(count):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number // 2))
         rows.append({"image": f"{number}.jpg", "caption": f"number {number}", "captions": "x", "kind": number % 3})
-    rows[0]["kind"] = None
+    rows[0]["kind"], rows[1]["kind"] = None, " "
     write_table(tmp_path / "t.jsonl", rows)
     return tmp_path / "t.jsonl"
 

@@ -128,6 +128,19 @@ def test_a_cell_of_parquet_that_python_has_no_value_for_costs_its_row_alone(tmp_
 
 
 @pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (pyarrow.timestamp("ns"), "1970-01-01 00:00:00.000000001"),
+        (pyarrow.duration("ns"), "1"),
+        (pyarrow.time64("ns"), "00:00:00.000000001"),
+    ],
+)
+def test_a_time_to_the_nanosecond_is_what_it_says_and_costs_no_row(kind: pyarrow.DataType, words: str, tmp_path: Path):
+    pyarrow.parquet.write_table(pyarrow.table({"at": pyarrow.array([1, None], kind)}), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet") == [{"at": words}, {"at": None}]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("t.csv", b"image,caption\na.jpg,caf\xe9\n", "is not UTF-8: convert it, as with `iconv -f WINDOWS-1252"),

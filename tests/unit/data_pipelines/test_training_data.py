@@ -1,5 +1,6 @@
 """The trainer gets the same global batches on any layout, from any point of a run, whatever is broken."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -210,16 +211,21 @@ def test_a_state_of_other_data_is_refused(corpus: Corpus):
 
 # What is broken ----------------------------------------------------------------------------------------------
 
-BAD = {3: "image cannot be decoded", 40: "caption is empty", 41: "caption is not UTF-8", 90: "image cannot be decoded"}
+BAD = {
+    3: "image cannot be decoded",
+    40: "caption of 70,000 bytes",
+    41: "json is not an object",
+    90: "image cannot be decoded",
+}
 
 
 def spoil(index: int, sample: Members) -> Members:
     if index == 3:
         return sample | {"jpg": b"no image at all"}
     if index == 40:
-        return sample | {"txt": b" \n"}
+        return sample | {"json": json.dumps({"captions": ["x" * 70_000]}).encode()}
     if index == 41:
-        return sample | {"txt": b"\xff\xfe caf\xe9"}
+        return sample | {"json": b'{"captions": ["cut'}
     if index == 90:
         image = sample["jpg"]
         assert isinstance(image, bytes)

@@ -19,9 +19,9 @@ from data_pipelines.tools.verify import verify
 SPOILED: dict[int, tuple[Members, str]] = {  # number of a sample -> what is changed, and the reason to be given
     3: ({"jpg": jpeg(3)[:300]}, "image cannot be decoded"),
     5: ({"jpg": b"GIF89a"}, "GIF is not supported"),
-    6: ({"txt": b"\xff\xfe\xfd"}, "caption is not UTF-8"),
-    8: ({"txt": b"x" * 70_000}, "caption of 70,000 bytes is longer than 65,536"),
-    9: ({"txt": b" \n"}, "caption is empty"),
+    6: ({"jpg": b"<html>"}, "image cannot be decoded: it is HTML"),
+    8: ({"json": json.dumps({"captions": ["x" * 70_000]}).encode()}, "caption of 70,000 bytes is longer than 65,536"),
+    9: ({"json": b'{"captions": ["cut'}, "json is not an object"),
 }
 
 
