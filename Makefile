@@ -23,7 +23,8 @@ demo: .venv/.installed ## Train a small model on made-up data, on the CPU if nee
 
 test: lint ## Lint, check types and run all tests
 	@echo "== Tests"
-	@$(RUN) pytest
+	@$(RUN) pytest tests/unit -n 2 --dist loadfile
+	@$(RUN) pytest tests/e2e tests/distributed
 
 lint: .venv/.installed ## Lint, check the format and the types
 	@echo "== Lint and format"

@@ -30,14 +30,16 @@ import torch
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from data_pipelines.batch import known_tensors
 from data_pipelines.config import DataConfig
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import Manifest, Shard
-from data_pipelines.mixture import DataState
-from data_pipelines.reader import iter_captions
-from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import Manifest, Shard
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.reader import iter_captions
 
 BATCH = 64
 SIDE = 224
@@ -131,15 +133,10 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def training(manifest: Path, **changes: object) -> TrainingData:
-    config = {"train": manifest, "tokenizer": manifest.with_name("tokenizer.model"), "workers": 0} | changes
-    return TrainingData(
-        DataConfig.model_validate(config),
-        image_size=SIDE,
-        text_length=40,
-        mask_probability=0.15,
-        seed=0,
-        global_batch=BATCH,
-    )
+    settings = {"train": manifest, "tokenizer": manifest.with_name("tokenizer.model"), "workers": 0} | changes
+    config = DataConfig.model_validate(settings)
+    spec = BatchSpec(config, Tokenizer.load(config.tokenizer), known_tensors(), SIDE, 40, 0.15, seed=0)
+    return TrainingData(spec, global_batch=BATCH)
 
 
 def ours(manifest: Path, **changes: object) -> Iterator[object]:
@@ -258,7 +255,7 @@ def print_augmentation(manifest: Path, seconds: float) -> None:
     }
     contenders = {name: partial(ours, manifest, **changes) for name, changes in configs.items()}
     times = seconds_per_image(contenders, seconds)
-    print("\n| augmentation | ms a sample | more than none |\n|---|---|---|")
+    print("\n| augmentation | ms per sample | more than none |\n|---|---|---|")
     for name, taken in times.items():
         print(f"| {name} | {1e3 * taken:.2f} | {1e3 * (taken - times['none']):+.2f} |", flush=True)
 

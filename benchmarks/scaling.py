@@ -161,7 +161,7 @@ def count_gathers(mesh: Mesh, config: Config) -> tuple[dict[str, set[tuple[float
 
 
 def measure_throughput(mesh: Mesh, config: Config, steps: int) -> tuple[float, float]:
-    """Samples/s by the clock, and samples a second of all ranks' cores together, from median steps.
+    """Samples/s by the clock, and samples per second of all ranks' cores together, from median steps.
 
     The second does not see ranks wait, and is not disturbed by what else the machine does.
     """
@@ -185,7 +185,7 @@ def main() -> None:
     if options.rank:
         measure_as_rank(options.steps)
         return
-    headings = ("ranks", "bytes a parameter, all ranks together", "gathers a micro-step")
+    headings = ("ranks", "bytes per parameter, all ranks together", "gathers per micro-step")
     print(f"| {' | '.join(headings)} | ZeRO-0, samples/s, and a core-second | ZeRO-3 |")
     print("|---|---|---|---|---|")
     for ranks in RANKS:

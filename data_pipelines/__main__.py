@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from data_pipelines.command_line import parser
-from data_pipelines.console import ERR, OUT, print_advice, print_census, print_counts, print_reasons, progress_bar
 from data_pipelines.errors import DataError, UserError, cannot_write
 from data_pipelines.text import counted, to_json
+from data_pipelines.tools.command_line import parser
+from data_pipelines.tools.console import ERR, OUT, print_advice, print_census, print_counts, print_reasons, progress_bar
 
 if TYPE_CHECKING:
-    from data_pipelines.sources import Part
+    from data_pipelines.tools.sources import Part
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from data_pipelines.demo import Demo
+    from data_pipelines.demo.corpus import Demo
 
     demo = Demo(options.train, options.heldout, options.size, options.vocab_size, options.seed)
     if demo.is_complete(options.out):
@@ -60,8 +60,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from data_pipelines.pack import pack
-    from data_pipelines.pairs import read_pairs
+    from data_pipelines.tools.pack import pack
+    from data_pipelines.tools.pairs import read_pairs
 
     if options.label_column and not options.heldout:
         raise DataError("--label-column makes prompts.json for held-out samples: add --heldout, or leave it out.")
@@ -86,11 +86,11 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
-    from data_pipelines.filters import Filters
-    from data_pipelines.index import build_manifest, count_from_stats
-    from data_pipelines.problems import advice, write_problems
-    from data_pipelines.storage import describe, expand, is_remote, shown
-    from data_pipelines.tar import printable
+    from data_pipelines.shards.filters import Filters
+    from data_pipelines.shards.index import build_manifest, count_from_stats
+    from data_pipelines.shards.problems import advice, write_problems
+    from data_pipelines.shards.tar import printable
+    from data_pipelines.storage.files import describe, expand, is_remote, shown
 
     shards = expand(options.shards)
     if is_remote(shards[0]):
@@ -148,7 +148,7 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _filters(options: argparse.Namespace):
-    from data_pipelines.filters import Filters
+    from data_pipelines.shards.filters import Filters
 
     language = options.language
     return Filters(
@@ -164,9 +164,9 @@ def _filters(options: argparse.Namespace):
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data_pipelines.problems import advice, write_problems
-    from data_pipelines.sources import name_sources
-    from data_pipelines.verify import verify
+    from data_pipelines.shards.problems import advice, write_problems
+    from data_pipelines.tools.sources import name_sources
+    from data_pipelines.tools.verify import verify
 
     part = _part(options)
     sources = part.of(name_sources(options.sources))
@@ -200,9 +200,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from data_pipelines.census import merge_parts, take_census
-    from data_pipelines.manifest import write_atomically
-    from data_pipelines.sources import WHOLE, load_sources, name_sources
+    from data_pipelines.shards.manifest import write_atomically
+    from data_pipelines.tools.census import merge_parts, take_census
+    from data_pipelines.tools.sources import WHOLE, load_sources, name_sources
 
     part = _part(options)
     if options.merge:
@@ -234,10 +234,10 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from data_pipelines.inspection import inspect
-    from data_pipelines.manifest import write_atomically
-    from data_pipelines.report import html_report
-    from data_pipelines.sources import load_sources
+    from data_pipelines.shards.manifest import write_atomically
+    from data_pipelines.tools.inspection import inspect
+    from data_pipelines.tools.report import html_report
+    from data_pipelines.tools.sources import load_sources
 
     with TemporaryDirectory() as scratch:
         sources = load_sources(options.sources, Path(scratch), processes=options.processes)
@@ -258,9 +258,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _reshard(options: argparse.Namespace) -> None:
-    from data_pipelines.index import build_manifest
-    from data_pipelines.reshard import Resharding
-    from data_pipelines.sources import WHOLE, load_sources
+    from data_pipelines.shards.index import build_manifest
+    from data_pipelines.tools.reshard import Resharding
+    from data_pipelines.tools.sources import WHOLE, load_sources
 
     part, folder, manifest = _part(options), options.output, options.output / "manifest.json"
     with TemporaryDirectory() as scratch:
@@ -285,7 +285,7 @@ def _reshard(options: argparse.Namespace) -> None:
 
 
 def _part(options: argparse.Namespace):
-    from data_pipelines.sources import WHOLE, Part
+    from data_pipelines.tools.sources import WHOLE, Part
 
     return Part.parse(options.shard) if options.shard else WHOLE
 
@@ -295,7 +295,7 @@ def _of_part(path: Path, part: Part) -> Path:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    from data_pipelines.tokenizer import SentencePieceTokenizer, export_tokenizer, train_sentencepiece
+    from data_pipelines.samples.tokenizer import SentencePieceTokenizer, export_tokenizer, train_sentencepiece
 
     with _captions(options.manifest) as captions:
         train_sentencepiece(captions, options.output, options.vocab_size)
@@ -314,8 +314,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
 @contextmanager
 def _captions(path: Path) -> Iterator[Iterator[str]]:
     """The captions of a manifest, behind a bar; what is passed over is told afterwards."""
-    from data_pipelines.manifest import Manifest
-    from data_pipelines.reader import MAX_TRAINING_CAPTIONS, iter_captions
+    from data_pipelines.shards.manifest import Manifest
+    from data_pipelines.stream.reader import MAX_TRAINING_CAPTIONS, iter_captions
 
     manifest, bad = Manifest.load(path), Counter[str]()
     total = min(manifest.samples, MAX_TRAINING_CAPTIONS)
@@ -333,7 +333,7 @@ def _captions(path: Path) -> Iterator[Iterator[str]]:
 
 
 def _adopt(options: argparse.Namespace) -> None:
-    from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer
+    from data_pipelines.samples.tokenizer import Tokenizer, adopt_tokenizer
 
     added = adopt_tokenizer(options.folder, options.output)
     size = Tokenizer.load(options.output).vocab_size
@@ -341,8 +341,8 @@ def _adopt(options: argparse.Namespace) -> None:
 
 
 def _coverage(options: argparse.Namespace) -> None:
-    from data_pipelines.coverage import coverage
-    from data_pipelines.tokenizer import Tokenizer
+    from data_pipelines.samples.tokenizer import Tokenizer
+    from data_pipelines.tools.coverage import coverage
 
     tokenizer = Tokenizer.load(options.tokenizer)
     with _captions(options.manifest) as captions:

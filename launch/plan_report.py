@@ -89,9 +89,9 @@ def compare(plan: Plan, run: Path) -> dict[str, tuple[float, float]]:
     step_s = statistics.median(values["time/step_s"] for values in steps)
     per_gpu = plan.costs.flops * plan.config.training.global_batch / plan.cluster.world / 1e12
     return {
-        "seconds a step": (plan.step_s, step_s),
+        "seconds per step": (plan.step_s, step_s),
         "samples/s": (plan.samples_per_s, plan.config.training.global_batch / step_s),
-        "TFLOP/s a GPU": (per_gpu / plan.step_s, per_gpu / step_s),
+        "TFLOP/s per GPU": (per_gpu / plan.step_s, per_gpu / step_s),
         "peak memory, GiB": (plan.memory_gib, max(values["memory/peak_gib"] for values in steps)),
     }
 
@@ -154,7 +154,7 @@ def _flops_lines(costs: Costs) -> list[str]:
     found.sort(key=lambda row: -row[1])
     rows = [[needed, f"{flops / 1e12:.3f}", f"{flops / everything:.1%}"] for needed, flops in found]
     rows.append(["in all", f"{everything / 1e12:.3f}", ""])
-    return _table(["one pass of training, needed by", "TFLOP a sample", "share"], rows)
+    return _table(["one pass of training, needed by", "TFLOP per sample", "share"], rows)
 
 
 def _exchange_lines(plan: Plan) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.loader import TrainingData
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.workers import usable_workers
 from data_pipelines.text import counted
-from data_pipelines.workers import usable_workers
 from pretrain.config import Config
 from pretrain.parallel.mesh import Mesh, training_dtype
 

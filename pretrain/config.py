@@ -250,7 +250,7 @@ class MatchingConfig(Section):
     weight: float = Field(default=1.0, gt=0)
     pool: int = Field(default=16, ge=2)
     """Samples, consecutive in the global order, among which a negative is looked for. A divisor of `data.grain`,
-    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images a sample."""
+    or a multiple, up to all of a micro-step: then ranks exchange negatives' tokens, and hold two images per sample."""
 
 
 class MaskedLMConfig(Section):
@@ -355,9 +355,9 @@ class TrainingConfig(Section):
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch: int = Field(gt=0)
-    """Samples an optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
+    """Samples per optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-steps an optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
+    """Micro-steps per optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.stream.heldout import HeldoutData
+from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.figures import BATCH, all_scores, encode, zero_shot
-from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh, is_launched, make_mesh, start_mesh, stop_mesh
@@ -105,7 +105,6 @@ def still_there(checkpoint: Path) -> Iterator[None]:
 
 def open_split(config: Config, mesh: Mesh, run_folder: Path, fingerprint: str) -> HeldoutData:
     """The pairs to evaluate on, with the tokenizer that the run was trained with, and all of them looked at."""
-    masked_lm = config.objectives.masked_lm
     heldout = config.data.heldout
     if heldout and not heldout.is_absolute() and not heldout.exists():
         raise DataError(
@@ -113,13 +112,8 @@ def open_split(config: Config, mesh: Mesh, run_folder: Path, fingerprint: str) -
             f"data.heldout=PATH or --split PATH."
         )
     path = find_tokenizer([*kept_tokenizers(run_folder), config.data.tokenizer], fingerprint)
-    data = HeldoutData(
-        config.data.model_copy(update={"tokenizer": path}),
-        image_size=config.model.image.size,
-        text_length=config.model.text.length,
-        mask_probability=masked_lm.probability if masked_lm else 0.15,
-        seed=config.seed,
-    )
+    read = config.data.model_copy(update={"tokenizer": path})
+    data = HeldoutData(batch_spec(config.model_copy(update={"data": read})))
     data.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data
 
@@ -138,8 +132,7 @@ def find_tokenizer(paths: Sequence[Path], fingerprint: str) -> Path:
 
 def load_engine(config: Config, mesh: Mesh, data: HeldoutData, checkpoint: Path) -> Engine:
     """The model on its layout, with a checkpoint's weights."""
-    vocabulary = Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id)
-    engine = build_engine(config, mesh, vocabulary=vocabulary, micro_batch_per_rank=BATCH)
+    engine = build_engine(config, mesh, vocabulary=vocabulary_of(data.tokenizer), micro_batch_per_rank=BATCH)
     with still_there(checkpoint):
         CheckpointStore(checkpoint.parent, mesh.world, keep=2).load(checkpoint, engine.fragments())
     engine.loaded(0)

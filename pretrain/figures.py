@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.batch import Record
-from data_pipelines.heldout import HeldoutData
+from data_pipelines.stream.heldout import HeldoutData
 from pretrain.captioning import look, same_captions, write_captions
 from pretrain.models.layer import COUNTS, Architecture, Flow
 from pretrain.parallel.engine import Engine
@@ -54,7 +54,7 @@ def encode(engine: Engine, mesh: Mesh, data: HeldoutData) -> Encoded:
     counts = torch.zeros(len(asked), 2, dtype=torch.int64)
     for number, batch in enumerate(data.batches(BATCH, dp_rank=axis.rank, dp_size=axis.size, records=True)):
         rows = max(0, len(data) - BATCH * (axis.rank + number * axis.size))  # those behind wrap around
-        have = {name: tensor[: max(rows, 1)] for name, tensor in batch.to(mesh.device).tensors().items()}
+        have = {name: tensor[: max(rows, 1)] for name, tensor in batch.to(mesh.device).tensors.items()}
         (made,) = engine.run(want, [have])
         if asked:
             images = {"image_tokens": made["image_tokens"], "seen": made["image_tokens"]}
@@ -120,7 +120,7 @@ def written_captions(engine: Engine, mesh: Mesh, data: HeldoutData) -> list[Scor
 
     marks = {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id}
     for number, batch in enumerate(data.batches(BATCH, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)):
-        columns = batch.to(mesh.device).tensors()
+        columns = batch.to(mesh.device).tensors
         images, text = columns["images"], columns["text"]
         rows = max(0, len(data) - BATCH * (mesh.dp.rank + number * mesh.dp.size))  # those behind wrap around
         seen = look(run, engine.architecture, images)

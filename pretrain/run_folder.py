@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data_pipelines.errors import DataError, cannot_write
-from data_pipelines.manifest import write_atomically
+from data_pipelines.shards.manifest import write_atomically
 from data_pipelines.text import to_json
 from pretrain.errors import StorageError
 from pretrain.screen import say

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.manifest import Manifest, normalised, write_atomically
+from data_pipelines.shards.manifest import Manifest, normalised, write_atomically
+from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.text import to_json
 
 HELDOUT = "heldout"  # the name of the split that the run's config names

@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from data_pipelines.batch import IGNORE
-from data_pipelines.masking import num_masked_slots
+from data_pipelines.samples.masking import IGNORE, num_masked_slots
 from pretrain.config import Config
+from pretrain.errors import ConfigError
+from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import Flow
 from pretrain.models.towers import Vocabulary
 from pretrain.objectives.noise import hashed
@@ -34,7 +35,7 @@ def made_up_batch(config: Config, vocabulary: Vocabulary, positions: Tensor) -> 
     masked_positions = (1 + torch.arange(slots, device=positions.device)).clamp(max=length - 2).expand(len(text), -1)
     last_is_unused = (positions % 3 == 0)[:, None] & (torch.arange(slots, device=positions.device) == slots - 1)
     hidden = (masked_positions < used - 1) & ~last_is_unused
-    return {
+    made = {
         "images": images.to(torch.uint8),
         "text": text,
         "masked_text": torch.where((place > 0) & (place <= slots) & (place < used), MASK, text),
@@ -44,6 +45,12 @@ def made_up_batch(config: Config, vocabulary: Vocabulary, positions: Tensor) -> 
         "image_ids": torch.where(positions % 8 < 2, positions // 8, -1 - positions),
         "caption_ids": positions,
     }
+    if missing := architecture_of(config, vocabulary).columns - made.keys():
+        raise ConfigError(
+            f"model.architecture {config.model.architecture} reads {min(missing)}, and pretrain/synthetic.py makes up "
+            f"no values of it, which the doctor and the planner need: add them there."
+        )
+    return made
 
 
 def _draw(positions: Tensor, purpose: int, *shape: int) -> Tensor:

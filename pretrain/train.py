@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TextIO
 
 from data_pipelines.errors import UserError, named
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.loader import TrainingData
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
+from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError
-from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
 from pretrain.run_folder import claim
@@ -35,7 +35,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         engine = build_engine(
             config,
             mesh,
-            vocabulary=Vocabulary(data.tokenizer.vocab_size, data.tokenizer.pad_id),
+            vocabulary=vocabulary_of(data.tokenizer),
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
@@ -63,32 +63,25 @@ def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
 
 
 def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | None]:
-    """The training shards as this rank reads them, and the held-out ones, looked at once, if there are any.
+    """What the model reads of the training shards on this rank, and of the held-out ones, looked at once, if any.
 
     Raises:
         UserError: what is there cannot be used, or does not divide over the processes.
     """
-    masked_lm = config.objectives.masked_lm
-    common = {
-        "image_size": config.model.image.size,
-        "text_length": config.model.text.length,
-        "mask_probability": masked_lm.probability if masked_lm else 0.15,  # masks are made, and not looked at
-        "seed": config.seed,
-    }
     if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world, 2).has_begun()):
         check_ranks(config, mesh)
+    spec = batch_spec(config)
     data = TrainingData(
-        config.data,
+        spec,
         global_batch=config.training.global_batch,
         accumulation=config.training.accumulation,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
-        **common,
     )
     if config.data.heldout is None:
         return data, None
     with named("data.heldout"):
-        heldout = HeldoutData(config.data, **common)
+        heldout = HeldoutData(spec)
     heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data, heldout
 

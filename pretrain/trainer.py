@@ -11,10 +11,10 @@ import yaml
 from torch import Tensor
 
 from data_pipelines.batch import Batch
-from data_pipelines.budget import BadSampleBudget
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.loader import TrainingData
-from data_pipelines.mixture import DataState
+from data_pipelines.order.mixture import DataState
+from data_pipelines.stream.budget import BadSampleBudget
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
@@ -162,7 +162,7 @@ class Trainer:
         """One optimizer step and its report."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
-        result = self.engine.step([batch.tensors() for batch in micro_batches], rate)
+        result = self.engine.step([batch.tensors for batch in micro_batches], rate)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
@@ -195,7 +195,7 @@ class Trainer:
 
     def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
         """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
-        ids = sum(int(batch.image_ids.sum()) for batch in micro_batches) % 2**63
+        ids = sum(int(batch.tensors["image_ids"].sum()) for batch in micro_batches) % 2**63
         bad = [sample for batch in micro_batches for sample in batch.bad]
         total_id, total_bad = self.mesh.dp.sum(torch.tensor([ids, len(bad)], device=self.mesh.device)).tolist()
         if total_bad:  # rare: every rank learns all of them, so that the one that prints can name them
@@ -236,7 +236,8 @@ class Trainer:
 
     def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
         """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
-        ids = [torch.stack([batch.image_ids, batch.caption_ids]).cpu() for batch in micro_batches]
+        names = ("image_ids", "caption_ids")
+        ids = [torch.stack([batch.tensors[name] for name in names]).cpu() for batch in micro_batches]
         contrastive = self.config.objectives.contrastive
         if contrastive and contrastive.negatives == "global_batch":
             ids = [torch.cat(ids, dim=1)]

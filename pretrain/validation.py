@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import UserError
-from data_pipelines.heldout import HeldoutData
+from data_pipelines.stream.heldout import HeldoutData
 from pretrain.figures import EMBEDDINGS
 from pretrain.models.model import Report, report
 from pretrain.parallel.engine import Engine, by_name, totals
@@ -49,7 +49,7 @@ def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_r
     rows: list[tuple[Tensor, ...]] = []
     batches = heldout.batches(micro_batch_per_rank, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
     while (batch := _agree(mesh, stop, lambda: next(batches, None))) is not None:
-        columns = batch.to(mesh.device).tensors()
+        columns = batch.to(mesh.device).tensors
         (found,) = engine.run([*architecture.reports, *embeddings], [columns])
         reports.append(report(architecture, found))
         kept = columns | found

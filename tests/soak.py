@@ -30,14 +30,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_pipelines.batch import IDS, known_tensors
 from data_pipelines.config import DataConfig
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import write_atomically
-from data_pipelines.mixture import DataState
-from data_pipelines.sample import hash64
-from data_pipelines.shards import write_shard
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer, train_sentencepiece
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import write_atomically
+from data_pipelines.shards.sample import hash64
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.loader import TrainingData
 
 GLOBAL_BATCH, GRAIN, LANES = 48, 2, 3
 CHECKPOINT_EVERY = 3  # steps
@@ -116,12 +118,9 @@ class Run:
                 "window": 16,
             }
         )
+        spec = BatchSpec(config, Tokenizer.load(config.tokenizer), known_tensors(), 8, 12, 0.15, seed=3)
         return TrainingData(
-            config,
-            image_size=8,
-            text_length=12,
-            mask_probability=0.15,
-            seed=3,
+            spec,
             global_batch=GLOBAL_BATCH,
             accumulation=layout.accumulation,
             dp_rank=rank,
@@ -146,7 +145,7 @@ def _train(barrier: Barrier, run: Run, generation: int, layout: Layout, rank: in
     barrier.wait()  # no rank may write a checkpoint that another has yet to resume from
     while state.step != last_step:
         taken = list(islice(batches, layout.accumulation))
-        columns = [[batch.positions, batch.image_ids, batch.caption_ids] for batch in taken]
+        columns = [[batch.tensors[name] for name in IDS] for batch in taken]
         rows = [row for parts in columns for row in zip(*(part.tolist() for part in parts), strict=True)]
         bad = [sample.key for batch in taken for sample in batch.bad]
         os.write(log, f"{json.dumps({'step': state.step, 'rows': rows, 'bad': bad})}\n".encode())
@@ -341,8 +340,7 @@ def _check_plan(run: Run, consumed: list[Step], rolled_back: list[tuple[int, Ste
     data = run.training(Layout(1, 1, 0), 0)
     planned: list[Step] = []
     for batch in islice(data.batches(data.initial_state()), len(consumed) + CHECKPOINT_EVERY):
-        columns = (batch.positions, batch.image_ids, batch.caption_ids)
-        rows = sorted(zip(*(column.tolist() for column in columns), strict=True))
+        rows = sorted(zip(*(batch.tensors[name].tolist() for name in IDS), strict=True))
         planned.append(Step(rows, sorted(sample.key for sample in batch.bad)))
     for number, (ours, plan) in enumerate(zip(consumed, planned, strict=False)):
         assert ours == plan, f"step {number}"

@@ -94,6 +94,8 @@ class StepCost:
     """Bytes at the fullest moment of the first pass over a micro-batch."""
     together: float
     """Bytes at the fullest moment of what is done with all micro-batches at once."""
+    given: float
+    """Bytes that both leave for the training pass."""
     results: float
     """Bytes that the first pass of a micro-step makes."""
 
@@ -238,15 +240,14 @@ class _Run:
             for phase in ("first", "together")
         }
         given = meter.held
-        calls = model.calls(architecture.reports, have)
-        made = self.run(calls, have, "forward", stand_ins)
-        self.kept["forward", calls[0].layer.name] += given
+        made = self.run(model.calls(architecture.reports, have), have, "forward", stand_ins)
         (report(architecture, have | made).loss / steps).backward()
         return StepCost(
             layers=tuple(self._costs()),
             columns=steps * sum(tensor.nbytes for tensor in self.batch.values()),
             first=peaks["first"],
             together=peaks["together"],
+            given=given,
             results=self.results,
         )
 
@@ -264,8 +265,8 @@ class _Run:
                 weights=tuple(math.prod(part.size) for part in self.parts[same]),
                 flops=sum(count * meter.flops[phase, same] for phase, count in times.items()),
                 kept=self.kept["forward", same],
-                peak_forward=meter.peak.get(("forward", same), before) - before,
-                peak_backward=meter.peak.get(("backward", same), before) - before,
+                peak_forward=max(meter.peak.get(("forward", same), 0) - before, 0),
+                peak_backward=max(meter.peak.get(("backward", same), 0) - before, 0),
                 crossing=crossing,
                 crossing_first=crossing_first,
                 runs_first=("first", same) in self.before,

@@ -87,7 +87,7 @@ class Rank:
 
     @property
     def update(self) -> int:
-        """AdamW's own bytes an element: the root of the second moment, and without fused loops its quotient too."""
+        """AdamW's own bytes per element: the root of the second moment, and without fused loops its quotient too."""
         return 4 if self.gpu else 8
 
     @property
@@ -99,14 +99,25 @@ class Rank:
         """A copy of what is in the bucket."""
         return self.width * min(self.n, REDUCE_BUCKET)
 
+    @property
+    def received(self) -> float:
+        """Bytes of a message from the stage before."""
+        return self.cost.layers[self.part.start - 1].crossing if self.part.start else 0
+
+    @property
+    def pipe_buffers(self) -> float:
+        """Bytes that DeepSpeed's pipeline holds on to: a message and its gradient in each buffer, and one more."""
+        buffers = max(2, min(self.layout.pipeline_parallel - self.stage, self.layout.micro_steps))
+        return (2 * buffers + 1) * self.received
+
     @cached_property
     def waiting(self) -> float:
-        """Bytes that wait for the backward pass, of micro-steps besides the one that runs; messages included."""
-        before = self.cost.layers[self.part.start - 1].crossing if self.part.start else 0
+        """Bytes that wait for the backward pass, of micro-steps besides the one that runs, messages, and of all."""
+        before = self.received
         behind = self.costs[-1].crossing if self.part.stop < len(self.cost.layers) else 0
         in_flight = min(self.layout.pipeline_parallel - self.stage, self.layout.micro_steps)
         kept = sum(cost.kept for cost in self.costs)
-        return (in_flight - 1) * (kept + before + behind) + before + behind
+        return (in_flight - 1) * (kept + before + behind) + before + behind + self.cost.given
 
     def fullest(self, peaks: Sequence[float]) -> float:
         """Bytes of activations, if each layer's moment is so far above what those before it keep."""
@@ -167,7 +178,7 @@ def _stage_1(rank: Rank) -> Moments:
         "reduction": held
         | {
             "gradients": width * max(share, n if piped else 0),
-            "activations": rank.cost.columns,
+            "activations": rank.cost.columns + rank.pipe_buffers,
             "buffers": rank.bucket * (2 if piped else 1) + (rank.reduced if rank.layout.data_parallel > 1 else 0),
         },
         "update": held | {"gradients": (4 + width) * share, "working space": rank.update * share * rank.on_device},

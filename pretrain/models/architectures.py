@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from data_pipelines.batch import COLUMNS
+from data_pipelines.batch import known_tensors
 from pretrain.config import ARCHITECTURES, Config
 from pretrain.errors import ConfigError
 from pretrain.models.layer import Architecture, Groups, WiringError, check
@@ -25,7 +25,7 @@ def architecture_of(config: Config, vocabulary: Vocabulary, groups: Groups = ALO
     name = config.model.architecture
     try:
         found = import_module(ARCHITECTURES[name].module).architecture(config, vocabulary, groups)
-        check(found, COLUMNS)
+        check(found, known_tensors())
     except WiringError as error:
         raise ConfigError(f"model.architecture {name}: {error}.") from None
     return found

@@ -1,4 +1,4 @@
-"""Building blocks: attention, the two-layer perceptron, pre-norm blocks.
+"""Building blocks: attention, the MLP, pre-norm blocks.
 
 What a token sees is a bool mask that broadcasts to (R, heads, L, S); None: everything. Every mask here follows from two
 numbers per token (`sees`); the kinds that never change take scaled_dot_product_attention's fast paths.

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.collectives import Group, all_gather, all_gather_with_gradient, row_offset
 
-MAX_LOGITS = 1 << 26  # at a time: 256 MiB. 4,096 rows a rank against 65,536 columns are four times as many.
+MAX_LOGITS = 1 << 26  # at a time: 256 MiB. 4,096 rows per rank against 65,536 columns are four times as many.
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pretrain.collectives import Group, all_gather, row_offset
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.noise import gumbel, hashed
 
-MAX_PAIRS = 1 << 22  # at a time: noise and scores take up to 92 bytes a pair, 25 GB for 4,096 rows against 65,536
+MAX_PAIRS = 1 << 22  # at a time: noise and scores take up to 92 bytes per pair, 25 GB for 4,096 rows against 65,536
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
     if node_size % tp_size:
         raise ConfigError(
             f"engine.tensor_parallel {tp_size} does not divide the {node_size} processes of a node: set it to a "
-            f"divisor, or start another number of processes a node."
+            f"divisor, or start another number of processes per node."
         )
     ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
     pp_rank, dp_rank, tp_rank = (ranks == world.rank).nonzero()[0].tolist()

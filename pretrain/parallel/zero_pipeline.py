@@ -31,7 +31,7 @@ class ZeroPipelineEngine(ZeroEngine):
                 unused = nn.Parameter(torch.zeros(1, dtype=training_dtype(self.config.engine, mesh.device)))
                 self.pipeline.stage.unused.append(unused)
                 group["params"].append(unused)
-        # Every tensor-parallel rank sends whole parcels. By default each sends a share, and all gather them again.
+        # Every tensor-parallel rank sends whole messages. By default each sends a share, and all gather them again.
         settings = settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         deepspeed.init_distributed(verbose=False)  # it takes over the process group that is there
         module = PipelineModule(stages, topology=ranks, partition_method="uniform")

@@ -1,4 +1,4 @@
-"""A rank holds its share of 16 bytes a parameter under ZeRO-3, and gathers a layer once forward and once backward.
+"""A rank holds its share of 16 bytes per parameter under ZeRO-3, and gathers a layer once forward and once backward.
 
 Everything that the engine made and kept is counted, in mixed precision; the model is 6 M parameters in large matrices.
 """

@@ -1,6 +1,7 @@
 """A model and batches small enough for equality tests, and plain PyTorch to compare with."""
 
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def tiny_config(**changes: Any) -> Config:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = value
+        node[leaf] = deepcopy(value)  # a later change may lie inside
     architecture = tree["model"].get("architecture", "albef")
     for name, section in settings.ARCHITECTURES[architecture].sections(SIZES["tiny"]).items():
         if name != "text":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.samples.tokenizer import train_sentencepiece
 from e2e.conftest import metrics, run, start, tiny_run, wait_for_step, write_config
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.parallel.mesh import ALONE

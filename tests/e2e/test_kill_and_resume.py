@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.batch import IDS
 from data_pipelines.config import DataConfig
-from data_pipelines.loader import TrainingData
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.stream.loader import TrainingData
 from e2e.conftest import metrics, run, start, survivors, tiny_run, wait_for_step, write_config
 
 STEPS = 30
@@ -75,18 +78,13 @@ def test_other_layouts_take_the_same_batches_to_the_same_losses(never_killed, ki
 
 def test_each_epoch_takes_each_sample_once(never_killed, corpus, tmp_path):
     """The batches that the run reports are those of the plan, in which no sample comes twice."""
-    data = TrainingData(
-        DataConfig(**tiny_run(corpus, tmp_path)["data"]),
-        image_size=32,
-        text_length=20,
-        mask_probability=0.15,
-        seed=0,
-        global_batch=64,
-    )
+    data_config = DataConfig(**tiny_run(corpus, tmp_path)["data"])
+    spec = BatchSpec(data_config, Tokenizer.load(data_config.tokenizer), IDS, 32, 20, 0.15, seed=0)
+    data = TrainingData(spec, global_batch=64)
     taken: list[tuple[int, int]] = []
     for step, batch in zip(never_killed, data.batches(data.initial_state()), strict=False):
-        assert int(batch.image_ids.sum()) % 2**53 == step["batch_id"]
-        taken += zip(batch.image_ids.tolist(), batch.caption_ids.tolist(), strict=True)
+        assert int(batch.tensors["image_ids"].sum()) % 2**53 == step["batch_id"]
+        taken += zip(batch.tensors["image_ids"].tolist(), batch.tensors["caption_ids"].tolist(), strict=True)
     order = data.sources[0].order
     epoch = order.grains_per_epoch * order.grain
     assert len(taken) == STEPS * 64 > 2 * epoch

@@ -13,7 +13,7 @@ from faulthandler import dump_traceback_later
 from functools import partial
 from pathlib import Path
 
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.samples.tokenizer import train_sentencepiece
 from fuzz.configs import try_config
 from fuzz.mutants import make_mutant
 from fuzz.sources import try_source

@@ -16,10 +16,10 @@ import pyarrow.parquet
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import Manifest
-from data_pipelines.pack import pack
-from data_pipelines.pairs import read_pairs
-from data_pipelines.reader import ShardReader
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.pack import pack
+from data_pipelines.tools.pairs import read_pairs
 from fuzz.mutants import TAGS
 from fuzz.trial import check_sentence
 

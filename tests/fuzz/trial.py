@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipelines.batch import known_tensors
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import check_image
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.index import Report, build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import Sample, hash64, normalised_caption
-from data_pipelines.scan import FeatureFields, features, scan
-from data_pipelines.storage import open_bytes
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.decode import check_image
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.shards.index import Report, build_manifest
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.sample import Sample, hash64, normalised_caption
+from data_pipelines.shards.scan import FeatureFields, features, scan
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.reader import ShardReader
 from fuzz.mutants import FIRED, TAGS, Mutant, shards
 from fuzz.oracle import IMAGES, Found, UnusableError, captions, read_range, read_shard
 
@@ -59,7 +62,8 @@ class Bench:
         """An epoch of it is one batch, in which each sample has its turn."""
         settings = {"train": manifest, "tokenizer": self.tokenizer, "workers": 0, "grain": 1, "lanes": 1}
         config = DataConfig.model_validate(settings | {"window": samples})
-        return TrainingData(config, image_size=8, text_length=12, mask_probability=0.15, seed=7, global_batch=samples)
+        spec = BatchSpec(config, Tokenizer.load(self.tokenizer), known_tensors(), 8, 12, 0.15, seed=7)
+        return TrainingData(spec, global_batch=samples)
 
 
 def try_mutant(bench: Bench, mutant: Mutant, outcomes: Counter[str]) -> None:
@@ -172,18 +176,19 @@ def _check_training(bench: Bench, manifest: Manifest, told: Sequence[Found | str
     if batch is None or again is None:
         outcomes["training stopped"] += 1
         return
-    assert all(map(torch.equal, batch.tensors().values(), again.tensors().values()))
+    assert all(map(torch.equal, batch.tensors.values(), again.tensors.values()))
     assert batch.bad == again.bad
     assert len(batch) == manifest.samples
     found = [sample for sample in told if isinstance(sample, Found)]  # all of them
     unusable = [sample.key for sample, fine in zip(found, usable, strict=True) if not fine]
     assert sorted(sample.key for sample in batch.bad) == sorted(unusable)
+    ids = (batch.tensors[name].tolist() for name in ("image_ids", "caption_ids"))
     pairs = {
         (int(hash64(sample.first(*IMAGES) or b"", "<i8")), int(hash64(normalised_caption(caption), "<i8")))
         for sample in found
         for caption in _captions(sample)
     }
-    assert pairs.issuperset(zip(batch.image_ids.tolist(), batch.caption_ids.tolist(), strict=True))
+    assert pairs.issuperset(zip(*ids, strict=True))
     outcomes["trained on"] += manifest.samples - len(batch.bad)
     outcomes["replaced in training"] += len(batch.bad)
 

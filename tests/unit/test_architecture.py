@@ -31,6 +31,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.optim", "pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
     ),
+    "pretrain.batch_spec": ("pretrain.models", "pretrain.config", "data_pipelines"),
     "pretrain.validation": (
         *("pretrain.models", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
         *("pretrain.figures", "pretrain.stopping", "data_pipelines"),
@@ -46,7 +47,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.retrieval": (),
     "pretrain.run_folder": (
         *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
-        *("data_pipelines.manifest", "data_pipelines.text"),
+        *("data_pipelines.shards.manifest", "data_pipelines.text"),
     ),
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
@@ -58,7 +59,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.captioning", "pretrain.scores", "pretrain.zero_shot", "data_pipelines"),
     ),
     "pretrain.zero_shot": ("pretrain.scores", "pretrain.screen", "data_pipelines.errors"),
-    "pretrain.scores": ("data_pipelines.heldout", "data_pipelines.manifest", "data_pipelines.text"),
+    "pretrain.scores": ("data_pipelines.stream.heldout", "data_pipelines.shards.manifest", "data_pipelines.text"),
     "pretrain.stopping": (),
     "pretrain.screen": (),
     "pretrain.parallel": (
@@ -69,7 +70,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.parallel.first_pass", "pretrain.parallel.mesh", "pretrain.parallel.tensor", "pretrain.models"),
         *("pretrain.synthetic", "pretrain.collectives", "pretrain.config", "pretrain.errors"),
     ),
-    "pretrain.synthetic": ("pretrain.models", "pretrain.objectives", "pretrain.config", "data_pipelines"),
+    "pretrain.synthetic": (
+        *("pretrain.models", "pretrain.objectives", "pretrain.config", "pretrain.errors"),
+        "data_pipelines.samples.masking",
+    ),
     "pretrain.models": (
         *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.errors"),
         "data_pipelines.batch",
@@ -83,6 +87,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain": (),
     "data_pipelines": (),
 }
+
+
+# The rooms of data_pipelines, lowest first; what lies beside them is for all.
+ROOMS = ("storage", "shards", "order", "samples", "stream", "tools", "demo")
 
 
 def within(module: str, *parts: str) -> bool:
@@ -143,6 +151,20 @@ def test_our_own_modules_are_imported_at_the_top_where_a_reader_looks(module: st
     assert not {name for function in functions for name in imports(function)} & PATHS.keys()
 
 
+@pytest.mark.parametrize("module", [module for module in PATHS if module.startswith("data_pipelines.")])
+def test_a_room_of_the_data_imports_only_rooms_below_it(module: str):
+    """Above all, no module of a run imports a tool."""
+    floors = {f"data_pipelines.{room}": floor for floor, room in enumerate(ROOMS, 1)} | {
+        "data_pipelines.__main__": len(ROOMS) + 1
+    }
+
+    def floor(name: str) -> int:
+        return next((floor for room, floor in floors.items() if within(name, room)), 0)
+
+    above = {name for name in IMPORTS[module] if name.startswith("data_pipelines") and floor(name) > floor(module)}
+    assert not above, f"{module} may not import {sorted(above)}"
+
+
 def test_no_module_imports_itself_by_a_detour():
     TopologicalSorter({module: names & PATHS.keys() for module, names in IMPORTS.items()}).prepare()
 
@@ -151,3 +173,8 @@ def test_a_login_node_reads_a_config_and_starts_a_run_without_loading_torch():
     light = [name for name in ("pretrain.config", "launch.local", "launch.__main__") if name in PATHS]
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'deepspeed', 'numpy', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+def test_the_table_of_columns_brings_no_decoder_along():
+    """Models are checked against it, and the planner checks models."""
+    assert IMPORTS["data_pipelines.batch"] == {"__future__", "dataclasses", "torch"}

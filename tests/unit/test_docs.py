@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import command_line
+from data_pipelines.tools import command_line
 from launch import __main__ as launch
 from launch.hardware import GPUS
-from launch.plan import Cluster, make_plan
+from launch.plan import Cluster, Costs, make_plan
 from pretrain import __main__ as pretrain
-from pretrain.accounting.layers import layers
 from pretrain.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +62,12 @@ def test_the_figures_of_cc12m_are_those_of_the_config_and_the_plan():
     assert f"32 epochs are customary, and {32 * pairs / batch / 1000:.0f},000 steps" in page
     assert f"the first epoch, {pairs / batch:,.0f} steps" in page
     assert f"ln {batch} = {math.log(batch):.2f}" in page
-    plan = make_plan(config, Cluster(1, 8, GPUS["h100"]), layers(config, 30_000))
+    costs = Costs(config, 30_000)
+    plan = make_plan(config, Cluster(1, 8, GPUS["h100"]), costs)
     assert f"{plan.hours * 0.43:.0f} hours of computing for 43,000 steps, {plan.hours:.0f} for 100,000" in page
     assert f"about {plan.samples_per_s / 1000:.0f},000 samples/s" in page
     needed = f"559 images/s ([measurements](measurements.md)), so that the node\nneeds {plan.decoding_cores:.0f} cores"
     assert needed in page
     assert f"it decodes 2,092, and {plan.samples_per_s / 2092:.0f} do" in page
-    slower = make_plan(config, Cluster(1, 8, GPUS["a100"]), layers(config, 30_000)).hours / plan.hours
+    slower = make_plan(config, Cluster(1, 8, GPUS["a100"]), costs).hours / plan.hours
     assert round(slower) == 3

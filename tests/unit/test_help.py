@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipelines import command_line
+from data_pipelines.tools import command_line
 from launch import __main__ as launch
 from pretrain import __main__ as pretrain
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from corpus import Corpus, caption, make_corpus
 
-from data_pipelines.tokenizer import train_sentencepiece
+from data_pipelines.samples.tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,22 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.batch import known_tensors
 from data_pipelines.config import DataConfig
-from data_pipelines.heldout import HeldoutData
-from data_pipelines.index import build_manifest
-from data_pipelines.loader import TrainingData
-from data_pipelines.shards import write_shard
+from data_pipelines.samples.columns import BatchSpec
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.heldout import HeldoutData
+from data_pipelines.stream.loader import TrainingData
 
 WORDS = ("red", "green", "large", "circle", "square", "above", "below", "mountain", "river", "photograph", "of", "the")
 MASKING = 0.15
@@ -59,21 +63,22 @@ class Corpus:
         }
         return DataConfig.model_validate(settings | changes)
 
-    def training(self, *, global_batch: int = 24, accumulation=1, dp_rank=0, dp_size=1, seed=7, **changes: object):
+    def spec(self, tensors: Collection[str] | None = None, seed: int = 7, **changes: object) -> BatchSpec:
+        """Small batches, of all tensors that there are if none are named."""
+        config, wanted = self.config(**changes), known_tensors() if tensors is None else tensors
+        return BatchSpec(config, Tokenizer.load(config.tokenizer), wanted, 8, 12, MASKING, seed)
+
+    def training(self, *, global_batch: int = 24, accumulation=1, dp_rank=0, dp_size=1, **changes: Any):
         return TrainingData(
-            self.config(**changes),
-            image_size=8,
-            text_length=12,
-            mask_probability=MASKING,
-            seed=seed,
+            self.spec(**changes),
             global_batch=global_batch,
             accumulation=accumulation,
             dp_rank=dp_rank,
             dp_size=dp_size,
         )
 
-    def heldout(self, **changes: object) -> HeldoutData:
-        return HeldoutData(self.config(**changes), image_size=8, text_length=12, mask_probability=MASKING, seed=7)
+    def heldout(self, **changes: Any) -> HeldoutData:
+        return HeldoutData(self.spec(**changes))
 
 
 def make_corpus(

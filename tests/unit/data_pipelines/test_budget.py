@@ -3,8 +3,8 @@
 import pytest
 
 from data_pipelines.batch import BadSample
-from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
+from data_pipelines.stream.budget import BadSampleBudget
 
 BAD = BadSample("data/00003.tar", "000123", "image cannot be decoded: it is cut short")
 

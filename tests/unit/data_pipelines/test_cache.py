@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from http_server import Fault, ShardServer, etag
 
-from data_pipelines import cache as cache_module
-from data_pipelines.cache import ShardCache
 from data_pipelines.errors import DataError
+from data_pipelines.storage import cache as cache_module
+from data_pipelines.storage.cache import ShardCache
 
 ROOT = Path(__file__).parents[3]
 SIZE = 100_000
@@ -91,7 +91,7 @@ def process(script: str, *arguments: object, **options: object) -> subprocess.Po
 FETCH = """
 import sys
 from pathlib import Path
-from data_pipelines.cache import ShardCache
+from data_pipelines.storage.cache import ShardCache
 from data_pipelines.errors import DataError
 folder, limit, url, size = sys.argv[1:]
 try:
@@ -221,7 +221,7 @@ FORKS = """
 import sys
 from multiprocessing import get_context
 from pathlib import Path
-from data_pipelines.cache import ShardCache
+from data_pipelines.storage.cache import ShardCache
 
 def fetch(cache, url, size, barrier):
     barrier.wait()
@@ -526,7 +526,7 @@ def test_the_queue_of_prefetches_is_bounded(server: ShardServer, folder: Path, m
 EXIT = """
 import sys, time
 from pathlib import Path
-from data_pipelines.cache import ShardCache
+from data_pipelines.storage.cache import ShardCache
 ShardCache(Path(sys.argv[1]), 10**9, 300).prefetch((f"{sys.argv[2]}/{n}.tar", 100_000, "", "") for n in range(4))
 while not Path(sys.argv[1]).exists() or len(list(Path(sys.argv[1]).glob("*.part"))) < 2:
     time.sleep(0.01)

@@ -7,13 +7,13 @@ import pytest
 from corpus import jpeg
 
 from data_pipelines.errors import DataError
-from data_pipelines.filters import Filters
-from data_pipelines.index import build_manifest
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import Fault
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import name_sources
-from data_pipelines.verify import verify
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.sample import Fault
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.sources import name_sources
+from data_pipelines.tools.verify import verify
 
 TXT, OTHER = b"a dog", "ein Hund"
 CASES: dict[str, tuple[bytes | None, object, list[str]]] = {  # .txt, .json, captions

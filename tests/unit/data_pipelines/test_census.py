@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.census import Census, Distribution, JsonField, script_of, take_census
 from data_pipelines.errors import DataError
-from data_pipelines.filters import Filters
-from data_pipelines.index import build_manifest
-from data_pipelines.sample import Fault
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import by_source, load_sources, name_sources, spread
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.sample import Fault
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.tools.census import Census, Distribution, JsonField, script_of, take_census
+from data_pipelines.tools.sources import by_source, load_sources, name_sources, spread
 
 
 def census_of(*names: object, **options: object) -> Census:

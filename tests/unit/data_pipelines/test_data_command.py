@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from corpus import Corpus, Members, jpeg, make_corpus
 
-from data_pipelines import reader
 from data_pipelines.__main__ import main
-from data_pipelines.command_line import parser
-from data_pipelines.manifest import Manifest
-from data_pipelines.shards import write_shard
-from data_pipelines.storage import describe
-from data_pipelines.tokenizer import Tokenizer, export_tokenizer
+from data_pipelines.samples.tokenizer import Tokenizer, export_tokenizer
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.storage.files import describe
+from data_pipelines.stream import reader
+from data_pipelines.tools.command_line import parser
 from pretrain.config import SIZES
 
 ROOT = Path(__file__).parents[3]
@@ -96,13 +96,8 @@ def test_help_is_there_for_every_command(command: list[str], capfd: pytest.Captu
 
 
 def test_light_modules_load_neither_torch_nor_opencv():
-    light = (
-        "data_pipelines",
-        *(
-            f"data_pipelines.{name}"
-            for name in ("config", "errors", "manifest", "order", "index", "command_line", "console", "__main__")
-        ),
-    )
+    names = ("config", "errors", "__main__", "shards.manifest", "shards.index", "order.order", "tools.command_line")
+    light = [f"data_pipelines.{name}" for name in names]
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
@@ -171,9 +166,9 @@ def test_a_server_that_does_not_answer_is_told_before_the_scan(
         raise AssertionError("the scan began")
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("data_pipelines.index.build_manifest", refuse)
-    monkeypatch.setattr("data_pipelines.storage.describe", partial(describe, patience_s=0.2))
-    monkeypatch.setattr("data_pipelines.storage._PROBE_S", 0.1)
+    monkeypatch.setattr("data_pipelines.shards.index.build_manifest", refuse)
+    monkeypatch.setattr("data_pipelines.storage.files.describe", partial(describe, patience_s=0.2))
+    monkeypatch.setattr("data_pipelines.storage.files._PROBE_S", 0.1)
     assert main(["index", "http://127.0.0.1:1/{0..9}.tar", "-o", str(tmp_path / "m.json")]) == 4
     assert capfd.readouterr().err.startswith("Shard http://127.0.0.1:1/0.tar cannot be opened: ")
 

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data_pipelines import decode
-from data_pipelines.augment import Augmentation, Box, centre_box, random_box
 from data_pipelines.config import AugmentConfig
-from data_pipelines.decode import check_image, decode_crop
 from data_pipelines.errors import SampleError
-from data_pipelines.header import image_format, read_header, size_of
+from data_pipelines.samples import decode
+from data_pipelines.samples.augment import Augmentation, Box, centre_box, random_box
+from data_pipelines.samples.decode import check_image, decode_crop
+from data_pipelines.shards.header import image_format, read_header, size_of
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:

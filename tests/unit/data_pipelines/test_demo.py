@@ -11,10 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.demo import Demo
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import Sample, ShardReader
-from data_pipelines.scenes import (
+from data_pipelines.demo.corpus import Demo
+from data_pipelines.demo.scenes import (
     COLOURS,
     DRAWING,
     INVERSE,
@@ -25,7 +23,9 @@ from data_pipelines.scenes import (
     look_pairs,
     picture_of,
 )
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.tokenizer import Tokenizer
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.stream.reader import Sample, ShardReader
 
 SETTINGS = ["--train", "1100", "--heldout", "40", "--size", "48"]
 
@@ -71,7 +71,7 @@ def test_another_demo_in_the_same_folder_is_refused(demo: Path, capfd: pytest.Ca
 def test_a_demo_of_another_drawing_is_not_complete(
     demo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("data_pipelines.demo.DRAWING", DRAWING + 1)
+    monkeypatch.setattr("data_pipelines.demo.corpus.DRAWING", DRAWING + 1)
     assert main(["demo", str(demo), *SETTINGS]) == 4
     error = capfd.readouterr().err
     assert f"'drawing': {DRAWING}}}, not a demo of" in error
@@ -160,8 +160,10 @@ def test_the_tokenizer_knows_even_a_character_that_a_demo_says_but_once(
         said.append("雪" if len(said) == 7 else caption_of(*arguments, **options))
         return said[-1]
 
-    monkeypatch.setattr("data_pipelines.demo.ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes))
-    monkeypatch.setattr("data_pipelines.demo.caption_of", once_snow)
+    monkeypatch.setattr(
+        "data_pipelines.demo.corpus.ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes)
+    )
+    monkeypatch.setattr("data_pipelines.demo.corpus.caption_of", once_snow)
     Demo(train=1000, heldout=1, size=8, vocab_size=512, seed=0).make(tmp_path / "d", processes=1)
     tokenizer = Tokenizer.load(tmp_path / "d" / "tokenizer.model")
     assert tokenizer.unk_id not in tokenizer.pieces("雪")[0]

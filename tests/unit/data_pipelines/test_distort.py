@@ -10,10 +10,10 @@ import torch
 from corpus import Corpus
 from PIL import Image, ImageEnhance, ImageOps
 
-from data_pipelines import distort as module
-from data_pipelines.augment import Augmentation
 from data_pipelines.config import AugmentConfig
-from data_pipelines.distort import OPERATIONS, blur, distort, jitter, rand_augment
+from data_pipelines.samples import distort as module
+from data_pipelines.samples.augment import Augmentation
+from data_pipelines.samples.distort import OPERATIONS, blur, distort, jitter, rand_augment
 
 IDENTITY, AUTOCONTRAST, EQUALIZE, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = OPERATIONS
 GREY = (128, 128, 128)
@@ -193,10 +193,10 @@ def test_the_trainer_sees_distorted_images_and_evaluation_does_not(corpus: Corpu
     augment = {"rand_augment": [4, 9], "color_jitter": 0.4}
     data = [corpus.training(**changes) for changes in ({}, {"augment": augment}, {"augment": augment})]
     plain, distorted, again = (next(each.batches(each.initial_state())) for each in data)
-    changed = (plain.images != distorted.images).flatten(1).any(dim=1)
+    changed = (plain.tensors["images"] != distorted.tensors["images"]).flatten(1).any(dim=1)
     assert changed.float().mean() > 0.9
-    assert torch.equal(distorted.images, again.images)
-    assert torch.equal(plain.masked_text, distorted.masked_text)
-    assert torch.equal(plain.image_ids, distorted.image_ids)
+    assert torch.equal(distorted.tensors["images"], again.tensors["images"])
+    assert torch.equal(plain.tensors["masked_text"], distorted.tensors["masked_text"])
+    assert torch.equal(plain.tensors["image_ids"], distorted.tensors["image_ids"])
     heldout = [next(corpus.heldout(**changes).batches(20)) for changes in ({}, {"augment": augment})]
-    assert torch.equal(heldout[0].images, heldout[1].images)
+    assert torch.equal(heldout[0].tensors["images"], heldout[1].tensors["images"])

@@ -16,15 +16,15 @@ from pyarrow import parquet
 
 from data_pipelines.__main__ import main
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.filters import Filters
-from data_pipelines.index import Report, build_manifest, count_from_stats
-from data_pipelines.manifest import Manifest
-from data_pipelines.problems import Problem, write_problems
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import hash64
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import name_sources
-from data_pipelines.verify import verify
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import Report, build_manifest, count_from_stats
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.problems import Problem, write_problems
+from data_pipelines.shards.sample import hash64
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.sources import name_sources
+from data_pipelines.tools.verify import verify
 
 UIDS = [f"{number:032x}" for number in (1, 2**64, 2**127 + 5, 7)]
 
@@ -227,7 +227,7 @@ def test_other_thresholds_scan_nothing_again(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise AssertionError("a shard was read again")
 
-    monkeypatch.setattr("data_pipelines.index.open_bytes", refuse)
+    monkeypatch.setattr("data_pipelines.shards.index.open_bytes", refuse)
     second, report = index(tmp_path, min_size=20, caption_characters=(2, 100))
     assert report.reused == 3
     assert (keys_of_bits(first), keys_of_bits(second)) == ("bdef", "abdef")
@@ -342,7 +342,7 @@ def test_training_on_a_filtered_manifest_reads_only_what_is_kept(tmp_path: Path,
     assert 8 < len(expected) < 42
     data = corpus.training(global_batch=4, lanes=1)
     batches = data.batches(data.initial_state())
-    epoch = [image for _ in range(len(expected) // 4) for image in next(batches).image_ids.tolist()]
+    epoch = [image for _ in range(len(expected) // 4) for image in next(batches).tensors["image_ids"].tolist()]
     assert len(set(epoch)) == len(epoch) > len(expected) - 4
     assert set(epoch) <= expected
 
@@ -382,7 +382,7 @@ def test_a_folder_of_img2dataset_trains_without_conversion(
     seen = [next(batches) for _ in range(4)]  # two epochs of 16 or 18 samples
     bad = [problem for batch in seen for problem in batch.bad]
     assert {problem.key for problem in bad} == ({"000010004"} if trust else set())
-    assert all(len(batch.positions) == 8 for batch in seen)
+    assert all(len(batch.tensors["positions"]) == 8 for batch in seen)
 
 
 @pytest.mark.parametrize("with_json", [True, False])

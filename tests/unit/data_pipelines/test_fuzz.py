@@ -9,15 +9,15 @@ import pytest
 from corpus import caption, jpeg, make_corpus, member
 
 from data_pipelines.batch import BadSample
-from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
-from data_pipelines.index import build_manifest
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import ShardReader
-from data_pipelines.sample import Fault
-from data_pipelines.scan import FeatureFields, features, scan
-from data_pipelines.shards import write_shard
-from data_pipelines.storage import open_bytes
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.sample import Fault
+from data_pipelines.shards.scan import FeatureFields, features, scan
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.stream.budget import BadSampleBudget
+from data_pipelines.stream.reader import ShardReader
 from fuzz.mutants import BLOCK, FIRED, KINDS, TAGS, make_mutant, pickled, sealed, shards
 from fuzz.oracle import read_shard
 from fuzz.sources import KINDS as KINDS_OF_SOURCES

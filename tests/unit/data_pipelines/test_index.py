@@ -18,17 +18,17 @@ from http_server import ShardServer
 from rich.console import Console
 
 from data_pipelines.__main__ import main
-from data_pipelines.cache import ShardCache
-from data_pipelines.console import progress_bar
 from data_pipelines.errors import DataError, MissingError, SampleError
-from data_pipelines.filters import Filters
-from data_pipelines.index import build_manifest, count_from_stats
-from data_pipelines.manifest import Manifest
-from data_pipelines.problems import REPLACED, Problem, write_problems
-from data_pipelines.reader import ShardReader
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import load_sources, name_sources
-from data_pipelines.verify import verify
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import build_manifest, count_from_stats
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.problems import REPLACED, Problem, write_problems
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.storage.cache import ShardCache
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.console import progress_bar
+from data_pipelines.tools.sources import load_sources, name_sources
+from data_pipelines.tools.verify import verify
 
 
 def scored(score: float, *, reverse: bool = False, count: int = 6) -> list[Members]:
@@ -194,7 +194,7 @@ def test_a_nodes_cache_never_serves_a_remote_shard_that_was_replaced(tmp_path: P
 
 
 def test_a_nodes_cache_takes_a_shard_from_mirrors_by_its_checksum(tmp_path: Path, server: ShardServer, monkeypatch):
-    monkeypatch.setattr("data_pipelines.cache.CHUNK", 4096)
+    monkeypatch.setattr("data_pipelines.storage.cache.CHUNK", 4096)
     content = shard_bytes(scored(0.5), tmp_path)
     url = server.put("0.tar", content)
     server.etags.extend("BABABABABABA")
@@ -475,7 +475,7 @@ def test_a_sparse_member_is_told_by_name_and_byte_and_costs_one_sample(
 
 def test_a_bar_is_gone_before_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
     shown = Console(file=io.StringIO(), force_terminal=True, width=60)
-    monkeypatch.setattr("data_pipelines.console.ERR", shown)
+    monkeypatch.setattr("data_pipelines.tools.console.ERR", shown)
 
     def work(end: type[Exception] | None) -> str:
         shown.file = io.StringIO()

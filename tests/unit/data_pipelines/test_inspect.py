@@ -13,10 +13,10 @@ from corpus import Members, jpeg, make_corpus, member
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.inspection import THUMBNAIL, Inspection, choose, inspect
-from data_pipelines.report import html_report
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import load_sources
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.tools.inspection import THUMBNAIL, Inspection, choose, inspect
+from data_pipelines.tools.report import html_report
+from data_pipelines.tools.sources import load_sources
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" & <img src=x onerror='alert(2)'>"
 

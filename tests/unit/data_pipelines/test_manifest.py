@@ -14,11 +14,11 @@ import pytest
 from corpus import Corpus, caption, jpeg, make_corpus, member
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import build_manifest
-from data_pipelines.manifest import Manifest, write_atomically
-from data_pipelines.reader import ShardReader
-from data_pipelines.shards import write_shard
-from data_pipelines.storage import expand
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import Manifest, write_atomically
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.storage.files import expand
+from data_pipelines.stream.reader import ShardReader
 
 
 def test_a_manifest_is_what_was_saved(corpus: Corpus):

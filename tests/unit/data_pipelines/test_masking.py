@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import batch, masking
-from data_pipelines.masking import IGNORE, mask_words, num_masked_slots
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.samples.masking import IGNORE, mask_words, num_masked_slots
+from data_pipelines.samples.tokenizer import Tokenizer
 
 LENGTH = 24
 
@@ -135,10 +134,6 @@ def test_a_mask_depends_on_seed_and_position_alone():
 def test_there_are_slots_for_the_longest_caption():
     assert num_masked_slots(32, 0.15) == 5
     assert num_masked_slots(3, 0.15) == 1
-
-
-def test_the_mark_of_unused_slots_is_the_contracts():
-    assert masking.IGNORE == batch.IGNORE
 
 
 def test_a_caption_of_a_real_tokenizer_is_hidden_by_words(tokenizer_path: Path):

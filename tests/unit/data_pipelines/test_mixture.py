@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.mixture import BLOCK, DataState, Segment, SourceIdentity, integer_shares
+from data_pipelines.order.mixture import BLOCK, DataState, Segment, SourceIdentity, integer_shares
 
 shares = st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any)
 

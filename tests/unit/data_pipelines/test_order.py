@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.order import Order, default_lanes
+from data_pipelines.order.order import Order, default_lanes
 from data_pipelines.randomness import Purpose, raw
 
 

@@ -19,11 +19,11 @@ from corpus import caption, jpeg
 from PIL import Image
 
 from data_pipelines.__main__ import main
-from data_pipelines.manifest import Manifest
-from data_pipelines.pack import pack
-from data_pipelines.pairs import read_pairs
-from data_pipelines.reader import ShardReader, iter_captions
-from data_pipelines.sample import Sample
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.sample import Sample
+from data_pipelines.stream.reader import ShardReader, iter_captions
+from data_pipelines.tools.pack import pack
+from data_pipelines.tools.pairs import read_pairs
 
 NUM_ROWS = 12
 Record = dict[str, object]

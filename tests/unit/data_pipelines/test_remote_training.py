@@ -14,14 +14,14 @@ from corpus import Corpus, Members, caption, make_corpus
 from http_server import Fault, ShardServer
 
 from data_pipelines.batch import BadSample
-from data_pipelines.budget import BadSampleBudget
 from data_pipelines.errors import DataError
-from data_pipelines.index import build_manifest, count_from_stats
-from data_pipelines.loader import TrainingData
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import REMOTE_READS, ShardReader, iter_captions
-from data_pipelines.reshard import Resharding
-from data_pipelines.sources import name_sources
+from data_pipelines.shards.index import build_manifest, count_from_stats
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.stream.budget import BadSampleBudget
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.reader import REMOTE_READS, ShardReader, iter_captions
+from data_pipelines.tools.reshard import Resharding
+from data_pipelines.tools.sources import name_sources
 
 STEPS = 14  # two epochs
 
@@ -48,7 +48,7 @@ def expected(corpus: Corpus) -> list[list[int]]:
 
 
 def images(data: TrainingData, steps: int = STEPS) -> list[list[int]]:
-    return [batch.image_ids.tolist() for batch in islice(data.batches(data.initial_state()), steps)]
+    return [batch.tensors["image_ids"].tolist() for batch in islice(data.batches(data.initial_state()), steps)]
 
 
 def urls(server: ShardServer, corpus: Corpus) -> list[str]:

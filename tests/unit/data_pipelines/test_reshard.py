@@ -12,14 +12,14 @@ from corpus import Members, jpeg, make_corpus, member
 
 from data_pipelines.__main__ import main
 from data_pipelines.errors import DataError
-from data_pipelines.filters import Filters
-from data_pipelines.index import build_manifest
-from data_pipelines.manifest import Manifest
-from data_pipelines.reader import ShardReader
-from data_pipelines.reshard import Resharding
-from data_pipelines.sample import Sample
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import Part, load_sources
+from data_pipelines.shards.filters import Filters
+from data_pipelines.shards.index import build_manifest
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.sample import Sample
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.tools.reshard import Resharding
+from data_pipelines.tools.sources import Part, load_sources
 
 Content = tuple[bytes, bytes | None, bytes | None]
 
@@ -177,7 +177,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing_of_it(manifest: Path, tmp
         path.write_bytes(b"half")
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("data_pipelines.reshard.write_shard", full)
+    monkeypatch.setattr("data_pipelines.tools.reshard.write_shard", full)
     with pytest.raises(DataError, match=r"^Cannot write .*00000\.tar \(No space left on device\): free some space"):
         job.write(processes=1)
     assert [path.name for path in job.folder.iterdir()] == ["reshard.json"]

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError
-from data_pipelines.loader import TrainingData
-from data_pipelines.mixture import DataState
+from data_pipelines.order.mixture import DataState
+from data_pipelines.stream.loader import TrainingData
 
 CLEAN, SMALL = 1000, 2000  # numbers of the samples in these two sources begin here
 
@@ -40,7 +40,7 @@ def mixture(corpus: Corpus, others: dict[str, Path], **settings: dict[str, objec
 
 def taken(data: TrainingData, state: DataState, steps: int) -> list[list[int]]:
     """Image ids of each step."""
-    return [batch.image_ids.tolist() for batch in islice(data.batches(state), steps)]
+    return [batch.tensors["image_ids"].tolist() for batch in islice(data.batches(state), steps)]
 
 
 def source_of(corpus: Corpus, others: dict[str, Path]) -> dict[int, str]:
@@ -96,7 +96,7 @@ def test_a_mixture_is_the_same_on_any_layout(corpus: Corpus, others: dict[str, P
     streams = [data.batches(data.initial_state()) for data in ranks]
     for step in expected:
         batches = [next(stream) for stream in streams for _ in range(accumulation)]
-        assert sorted(image for batch in batches for image in batch.image_ids.tolist()) == step
+        assert sorted(image for batch in batches for image in batch.tensors["image_ids"].tolist()) == step
 
 
 @settings(deadline=None, max_examples=15)
@@ -152,7 +152,7 @@ def test_the_order_of_the_lines_in_a_config_changes_nothing(corpus: Corpus, othe
 
 def test_positions_are_unique_over_the_run(corpus: Corpus, others: dict[str, Path]):
     data = corpus.training(train=mixture(corpus, others, web={"weight": {0: 1, 3: 5}}, small={"weight": 1}), lanes=1)
-    positions = torch.cat([batch.positions for batch in islice(data.batches(data.initial_state()), 60)])
+    positions = torch.cat([batch.tensors["positions"] for batch in islice(data.batches(data.initial_state()), 60)])
     assert positions.tolist() == list(range(60 * 24))
 
 
@@ -200,7 +200,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> C
 
 def captions_of(batches: list[Batch], data: TrainingData) -> list[str]:
     pieces = {tuple(data.tokenizer.encode(word, 12)[0].tolist()): word for word in ("red", "green", "large")}
-    return [pieces.get(tuple(row), "its own") for batch in batches for row in batch.text.tolist()]
+    return [pieces.get(tuple(row), "its own") for batch in batches for row in batch.tensors["text"].tolist()]
 
 
 def test_one_of_several_captions_is_chosen_by_position(several: Corpus):
@@ -213,7 +213,7 @@ def test_one_of_several_captions_is_chosen_by_position(several: Corpus):
     again = several.training(lanes=1, global_batch=16, accumulation=2)
     assert captions_of(list(islice(again.batches(again.initial_state()), 32)), again) == chosen
     by_image: dict[int, set[str]] = {}
-    for image, word in zip(torch.cat([batch.image_ids for batch in batches]).tolist(), chosen, strict=True):
+    for image, word in zip(torch.cat([batch.tensors["image_ids"] for batch in batches]).tolist(), chosen, strict=True):
         by_image.setdefault(image, set()).add(word)
     assert sum(len(words) > 1 for words in by_image.values()) > 20  # another one in another epoch
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipelines import storage
 from data_pipelines.errors import DataError, MissingError
-from data_pipelines.storage import describe, expand, is_remote, open_bytes, shown
+from data_pipelines.storage import files as storage
+from data_pipelines.storage.files import describe, expand, is_remote, open_bytes, shown
 
 CONTENT = np.random.default_rng(0).bytes(1000)
 

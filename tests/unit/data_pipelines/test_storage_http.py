@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from http_server import Fault, ShardServer, etag
 
-from data_pipelines import storage
 from data_pipelines.errors import DataError
-from data_pipelines.storage import describe, expand, open_bytes
+from data_pipelines.storage import files as storage
+from data_pipelines.storage.files import describe, expand, open_bytes
 
 ROOT = Path(__file__).parents[3]
 CONTENT = np.random.default_rng(0).bytes(10_000)
@@ -165,7 +165,7 @@ def test_a_server_that_is_not_there_is_named(server: ShardServer):
 
 PAUSED = """
 import sys
-from data_pipelines.storage import open_bytes
+from data_pipelines.storage.files import open_bytes
 print(len(open_bytes(sys.argv[1], patience_s=1, size=10_000).read(0, 10)))
 """
 
@@ -478,7 +478,7 @@ def run(script: str, *arguments: str) -> str:
 def test_importing_storage_starts_no_thread_and_loads_nothing_heavy():
     script = """
 import sys, threading
-import data_pipelines.storage as storage
+import data_pipelines.storage.files as storage
 assert not storage.is_remote("/a.tar") and storage.expand([sys.executable])
 print(threading.active_count(), sorted({"fsspec", "aiohttp", "asyncio", "s3fs", "torch", "numpy"} & set(sys.modules)))
 """
@@ -487,7 +487,7 @@ print(threading.active_count(), sorted({"fsspec", "aiohttp", "asyncio", "s3fs", 
 
 FORKS = """
 import multiprocessing, sys
-from data_pipelines.storage import open_bytes
+from data_pipelines.storage.files import open_bytes
 
 def read(source, offset):
     return source.read(offset, 5)
@@ -498,7 +498,7 @@ if __name__ == "__main__":
         source.read(0, 5)  # the event loop runs when the child is forked
     context = multiprocessing.get_context(sys.argv[2])
     if sys.argv[2] == "forkserver":
-        context.set_forkserver_preload(["data_pipelines.storage"])
+        context.set_forkserver_preload(["data_pipelines.storage.files"])
     with context.Pool(2) as pool:
         children = pool.starmap(read, [(source, 10 * number) for number in range(4)], chunksize=1)
         print(children == [source.read(10 * number, 5) for number in range(4)])
@@ -526,7 +526,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(server: Shar
 import sys
 sys.modules["aiohttp"] = None
 from data_pipelines.errors import DataError
-from data_pipelines.storage import describe
+from data_pipelines.storage.files import describe
 try:
     describe(sys.argv[1])
 except DataError as error:

@@ -15,9 +15,9 @@ import pytest
 from http_server import Fault, ShardServer, etag
 from moto.server import ThreadedMotoServer
 
-from data_pipelines import storage
 from data_pipelines.errors import DataError
-from data_pipelines.storage import ByteSource, describe, expand, open_bytes
+from data_pipelines.storage import files as storage
+from data_pipelines.storage.files import ByteSource, describe, expand, open_bytes
 
 CONTENT = np.random.default_rng(0).bytes(10_000)
 URL = "s3://corpus/train/00001.tar"

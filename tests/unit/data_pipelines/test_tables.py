@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from data_pipelines.errors import DataError, SampleError
-from data_pipelines.tables import read_table
+from data_pipelines.tools.tables import read_table
 
 A, B = {"image": "a.jpg", "caption": "a dog"}, {"image": "b.jpg", "caption": "a cat"}
 

@@ -14,8 +14,8 @@ import webdataset.tariterators
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import tar
-from data_pipelines.tar import TarError, TrailingBytesError, iter_members, iter_samples, split_name
+from data_pipelines.shards import tar
+from data_pipelines.shards.tar import TarError, TrailingBytesError, iter_members, iter_samples, split_name
 
 tar_program = shutil.which("tar")
 

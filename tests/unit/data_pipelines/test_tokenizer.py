@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_pipelines.coverage import coverage
 from data_pipelines.errors import DataError
-from data_pipelines.tokenizer import Tokenizer, adopt_tokenizer, export_tokenizer, train_sentencepiece
+from data_pipelines.samples.tokenizer import Tokenizer, adopt_tokenizer, export_tokenizer, train_sentencepiece
+from data_pipelines.tools.coverage import coverage
 
 CAPTIONS = [
     *(caption(index) for index in range(200)),

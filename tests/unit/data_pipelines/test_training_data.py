@@ -19,11 +19,12 @@ from corpus import Corpus, Members, make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.batch import IGNORE, Batch
+from data_pipelines.batch import Batch
 from data_pipelines.errors import DataError
-from data_pipelines.loader import TrainingData
-from data_pipelines.mixture import DataState
-from data_pipelines.workers import BatchDataset, stream, usable_workers
+from data_pipelines.order.mixture import DataState
+from data_pipelines.samples.masking import IGNORE
+from data_pipelines.stream.loader import TrainingData
+from data_pipelines.stream.workers import BatchDataset, stream, usable_workers
 
 Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
 
@@ -31,9 +32,9 @@ Rows = dict[int, tuple[bytes, ...]]  # position -> every tensor's row
 def rows_of(batches: list[Batch]) -> Rows:
     rows: Rows = {}
     for batch in batches:
-        for i, position in enumerate(batch.positions.tolist()):
+        for i, position in enumerate(batch.tensors["positions"].tolist()):
             assert position not in rows
-            rows[position] = tuple(tensor[i].numpy().tobytes() for tensor in batch.tensors().values())
+            rows[position] = tuple(tensor[i].numpy().tobytes() for tensor in batch.tensors.values())
     return rows
 
 
@@ -80,7 +81,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(corpus: Corpus
     state = data.advance(data.initial_state())
     batches = with_workers.batches(state)
     for batch, expected in zip(islice(batches, 30), data.batches(state), strict=False):
-        assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in expected.tensors().items())
+        assert all(torch.equal(batch.tensors[name], tensor) for name, tensor in expected.tensors.items())
     batches.close()
 
 
@@ -103,14 +104,16 @@ def test_a_run_resumed_at_any_step_in_another_layout_gives_exactly_the_rest(
 def test_the_global_order_is_that_of_the_order_object(corpus: Corpus):
     ranks = [corpus.training(dp_rank=rank, dp_size=2, accumulation=3) for rank in range(2)]
     streams = [data.batches(data.initial_state()) for data in ranks]
-    positions = [batch.positions.tolist() for _ in range(3) for batch in (next(streams[0]), next(streams[1]))]
+    positions = [
+        batch.tensors["positions"].tolist() for _ in range(3) for batch in (next(streams[0]), next(streams[1]))
+    ]
     assert [position for part in positions for position in part] == list(range(24))
 
 
 def test_no_epoch_repeats_a_sample_and_epochs_differ(corpus: Corpus):
     data = corpus.training()
     batches = islice(data.batches(data.initial_state()), 20)
-    images = torch.cat([batch.image_ids for batch in batches]).tolist()
+    images = torch.cat([batch.tensors["image_ids"] for batch in batches]).tolist()
     epochs = [images[start : start + 160] for start in (0, 160, 320)]  # 164 samples in lanes of whole grains
     assert all(len(set(epoch)) == 160 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -124,10 +127,10 @@ def test_a_sample_is_cropped_and_masked_anew_in_each_epoch(corpus: Corpus):
             image: (text, masked, pixels)
             for batch in part
             for image, text, masked, pixels in zip(
-                batch.image_ids.tolist(),
-                batch.text.tolist(),
-                batch.masked_text.tolist(),
-                batch.images.tolist(),
+                batch.tensors["image_ids"].tolist(),
+                batch.tensors["text"].tolist(),
+                batch.tensors["masked_text"].tolist(),
+                batch.tensors["images"].tolist(),
                 strict=True,
             )
         }
@@ -143,14 +146,19 @@ def test_a_batch_is_what_the_contract_says(corpus: Corpus):
     data = corpus.training(global_batch=8)
     batch = next(data.batches(data.initial_state()))
     assert len(batch) == data.micro_batch_per_rank == 8
-    assert batch.images.shape == (8, 3, 8, 8)
-    assert batch.images.dtype == torch.uint8
-    assert batch.text.shape == batch.masked_text.shape == (8, 12)
-    assert batch.masked_positions.shape == batch.masked_targets.shape == (8, 2)
-    assert batch.image_ids.shape == batch.caption_ids.shape == batch.positions.shape == (8,)
-    assert all(tensor.dtype == torch.int64 for name, tensor in batch.tensors().items() if name != "images")
-    used = batch.masked_targets != IGNORE
-    assert torch.equal(batch.text.gather(1, batch.masked_positions)[used], batch.masked_targets[used])
+    assert {name: (tensor.dtype, *tensor.shape[1:]) for name, tensor in batch.tensors.items()} == {
+        "images": (torch.uint8, 3, 8, 8),
+        "text": (torch.int64, 12),
+        "masked_text": (torch.int64, 12),
+        "masked_positions": (torch.int64, 2),
+        "masked_targets": (torch.int64, 2),
+        "positions": (torch.int64,),
+        "image_ids": (torch.int64,),
+        "caption_ids": (torch.int64,),
+    }
+    targets = batch.tensors["masked_targets"]
+    used = targets != IGNORE
+    assert torch.equal(batch.tensors["text"].gather(1, batch.tensors["masked_positions"])[used], targets[used])
     assert used.any(dim=1).all()
     assert batch.bad == batch.records == ()
 
@@ -158,7 +166,7 @@ def test_a_batch_is_what_the_contract_says(corpus: Corpus):
 def test_the_seed_changes_order_crops_and_masks_together(corpus: Corpus):
     states = [corpus.training(seed=seed) for seed in (1, 2)]
     first, second = (next(data.batches(data.initial_state())) for data in states)
-    assert not torch.equal(first.image_ids, second.image_ids)
+    assert not torch.equal(first.tensors["image_ids"], second.tensors["image_ids"])
 
 
 @pytest.mark.parametrize(("global_batch", "dp_size", "accumulation"), [(20, 2, 1), (24, 1, 4), (4, 2, 1), (0, 1, 1)])
@@ -190,7 +198,6 @@ def test_a_missing_file_is_named_with_its_key(corpus: Corpus, tmp_path):
     for change, key in (
         ({"train": tmp_path / "m.json"}, "data.train: There is no manifest at"),
         ({"train": {"web": {"manifest": tmp_path / "m.json"}}}, "data.train.web.manifest: There is no manifest at"),
-        ({"tokenizer": tmp_path / "t.model"}, "data.tokenizer: There is no tokenizer at"),
     ):
         with pytest.raises(DataError, match=key):
             corpus.training(**change)
@@ -251,7 +258,7 @@ def test_the_place_of_a_bad_sample_is_taken_by_the_next_good_one_of_its_window(s
     settings = {"lanes": 1, "global_batch": 4, "window": 2048}
     ours, clean = spoilt.training(**settings), corpus.training(**settings)
     bad, flat = (
-        torch.cat([batch.image_ids for batch in islice(data.batches(data.initial_state()), 41)]).tolist()
+        torch.cat([batch.tensors["image_ids"] for batch in islice(data.batches(data.initial_state()), 41)]).tolist()
         for data in (ours, clean)
     )
     changed = [i for i, (a, b) in enumerate(zip(flat, bad, strict=True)) if a != b]
@@ -388,7 +395,7 @@ def test_a_request_to_stop_is_heard_while_data_does_not_come(tmp_path: Path, wor
         tmp_path,
         f"""
 import os, signal, threading, time
-from data_pipelines.workers import stream
+from data_pipelines.stream.workers import stream
 from pretrain.stopping import Interrupted, Stop
 from test_training_data import Silent
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import pytest
 from corpus import Members, jpeg, make_corpus, member
 
 from data_pipelines.__main__ import main
-from data_pipelines.index import build_manifest, count_from_stats
-from data_pipelines.manifest import Manifest
-from data_pipelines.problems import CHANGED, MISSING, WRONG_COUNT, WRONG_INDEX, WRONG_SUM, Problem, advice
-from data_pipelines.shards import write_shard
-from data_pipelines.sources import name_sources
-from data_pipelines.verify import verify
+from data_pipelines.shards.index import build_manifest, count_from_stats
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.problems import CHANGED, MISSING, WRONG_COUNT, WRONG_INDEX, WRONG_SUM, Problem, advice
+from data_pipelines.shards.writer import write_shard
+from data_pipelines.tools.sources import name_sources
+from data_pipelines.tools.verify import verify
 
 SPOILED: dict[int, tuple[Members, str]] = {  # number of a sample -> what is changed, and the reason to be given
     3: ({"jpg": jpeg(3)[:300]}, "image cannot be decoded"),

@@ -362,11 +362,11 @@ def test_a_run_is_set_beside_its_plan(capsys, finished):
     cluster = Cluster(1, 2, find_gpu("cpu:0.1:8:1:1"))
     code, said = run(capsys, finished / "config.yaml", cluster=cluster, run=finished, as_json=True)
     compared = json.loads(said)["compared"]
-    assert compared["seconds a step"]["measured"] == 2
+    assert compared["seconds per step"]["measured"] == 2
     assert compared["samples/s"]["measured"] == 16
     assert compared["peak memory, GiB"]["measured"] == 0.5
-    ratio = compared["TFLOP/s a GPU"]["predicted"] / compared["TFLOP/s a GPU"]["measured"]
-    assert ratio == pytest.approx(2 / compared["seconds a step"]["predicted"])
+    ratio = compared["TFLOP/s per GPU"]["predicted"] / compared["TFLOP/s per GPU"]["measured"]
+    assert ratio == pytest.approx(2 / compared["seconds per step"]["predicted"])
     assert "against the run" in run(capsys, finished / "config.yaml", cluster=cluster, run=finished)[1]
     assert math.isfinite(code)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.scenes import draw_scene, picture_of
+from data_pipelines.demo.scenes import draw_scene, picture_of
 from distributed.tiny import VOCABULARY, build, tiny_config
 from pretrain.captioning import look, same_captions, write_captions
 from pretrain.errors import ConfigError

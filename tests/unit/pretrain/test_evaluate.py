@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import Manifest
+from data_pipelines.shards.manifest import Manifest
 from pretrain.checkpoint.store import read_run
 from pretrain.errors import CheckpointError
 from pretrain.evaluate import find_tokenizer, still_there

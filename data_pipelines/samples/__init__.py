@@ -1,0 +1,1 @@
+"""One sample to arrays: pixels, pieces, masks."""

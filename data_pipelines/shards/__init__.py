@@ -1,0 +1,1 @@
+"""What tars hold: samples, their faults, and the manifest that lists them once."""

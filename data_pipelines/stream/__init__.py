@@ -1,0 +1,1 @@
+"""A run's batches from any step on, and the held-out split."""
