@@ -83,6 +83,8 @@ def read_header(data: bytes) -> Header:
     Raises:
         SampleError: Neither JPEG, PNG nor WebP, or its size is unknown.
     """
+    if not data:
+        raise SampleError("image cannot be decoded: it is empty")
     found = image_format(data)
     if found not in _READERS:
         wanted = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
