@@ -350,7 +350,7 @@ def at_frame(data: bytes, offset: int, new: bytes, marker: int = 0xC0) -> bytes:
 
 CONVERT = "is not supported: convert it to JPEG, PNG or WebP"
 REFUSED = {
-    b"": "image cannot be decoded: it is no JPEG, PNG or WebP",
+    b"": "image cannot be decoded: it is empty",
     b"not an image": "image cannot be decoded: it is no JPEG, PNG or WebP",
     b"\r\n" + PLAIN: "image cannot be decoded: it is no JPEG, PNG or WebP",
     b"<!DOCTYPE html><html>": "image cannot be decoded: it is HTML or XML",
@@ -368,7 +368,7 @@ REFUSED = {
     at_frame(
         PLAIN, 5, b"\0\0"
     ): "image cannot be decoded: its size is unknown",  # told after the pixels (DNL), which libjpeg does not look at
-    at_frame(PLAIN, 4, b"\x0c"): "image cannot be decoded: 12 bits a colour",
+    at_frame(PLAIN, 4, b"\x0c"): "image cannot be decoded: 12 bits per colour",
     at_frame(PLAIN, 4, b"\x08", 0xC5): "image cannot be decoded: hierarchical JPEG",
 }
 
