@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from data_pipelines.errors import DataError, cannot_open
+from data_pipelines.samples.backend import load_wrapper, template
 from data_pipelines.samples.unspaced import UNSPACED
 from data_pipelines.shards.manifest import write_atomically
-from data_pipelines.shards.sample import MAX_CAPTION_BYTES
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 _SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -136,7 +136,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """The fast tokenizer of a folder that transformers loads; the workers then need `tokenizers` alone."""
 
     def __init__(self, path: Path):
-        wrapper, self._backend = _load_wrapper(path)
+        wrapper, self._backend = load_wrapper(path)
         ids = {role: getattr(wrapper, f"{role}_token_id") for role in _ROLES}
         fix = f"give it its own with `python -m data_pipelines adopt {path} -o FOLDER`"
         if missing := [role for role, i in ids.items() if i is None]:
@@ -277,7 +277,7 @@ def export_tokenizer(model: Path, folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
     pad, unk, cls, sep, mask = _SPECIAL_PIECES
-    backend.post_processor = _template(backend, cls, sep)
+    backend.post_processor = template(backend, cls, sep)
     wrapper = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
     )
@@ -300,7 +300,7 @@ def adopt_tokenizer(folder: Path, out: Path) -> list[str]:
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is already there: remove it, or name another folder for the tokenizer.")
-    wrapper, backend = _load_wrapper(folder)
+    wrapper, backend = load_wrapper(folder)
     taken: dict[str, str] = {}
     added: list[str] = []
     for role in ("unk", "cls", "sep", "pad", "mask"):  # [UNK] first: it must be what the model itself says
@@ -312,7 +312,7 @@ def adopt_tokenizer(folder: Path, out: Path) -> list[str]:
             added.append(token)
         taken[role] = token
     wrapper.add_special_tokens({f"{role}_token": token for role, token in taken.items()})
-    backend.post_processor = _template(backend, taken["cls"], taken["sep"])
+    backend.post_processor = template(backend, taken["cls"], taken["sep"])
     # No class of its own any more: some build their tokenizer anew and would put other tokens around a text.
     others = [token for token in wrapper.all_special_tokens if token not in taken.values()]
     PreTrainedTokenizerFast(
@@ -321,30 +321,6 @@ def adopt_tokenizer(folder: Path, out: Path) -> list[str]:
         extra_special_tokens=others,
     ).save_pretrained(out)
     return added
-
-
-def _template(backend: Backend, cls: str, sep: str) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
-    )
-
-
-def _load_wrapper(path: Path):
-    from transformers import AutoTokenizer  # takes seconds, and most runs use sentencepiece
-
-    try:
-        wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        backend = wrapper.backend_tokenizer
-        if isinstance(backend.model, models.WordPiece):  # of more characters, 100 as saved, it makes one unknown piece
-            backend.model.max_input_chars_per_word = MAX_CAPTION_BYTES
-        return wrapper, backend
-    except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception
-        raise DataError(
-            f"{path} holds no Hugging Face tokenizer with a tokenizer.json ({type(error).__name__}): save one "
-            f"there with `save_pretrained`."
-        ) from None
 
 
 def _split_words(starts: np.ndarray, is_word: np.ndarray, is_space: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ manifest's index folder: a second run, after an interruption or with other filte
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,16 @@ import numpy as np
 from data_pipelines.errors import DataError, MissingError
 from data_pipelines.parallel import each_done
 from data_pipelines.shards.filters import Duplicates, Filters
+from data_pipelines.shards.maker_count import maker_count
 from data_pipelines.shards.manifest import Manifest, Shard, index_folder, index_name, normalised, relative
 from data_pipelines.shards.problems import REPLACED, Exclusions, Problem
 from data_pipelines.shards.sample import NEEDED, Fault, fix_of
 from data_pipelines.shards.scan import FeatureFields, ReadAhead, features, label_at, scan
 from data_pipelines.shards.seal import Seal
 from data_pipelines.shards.tar import printable
-from data_pipelines.storage.files import ByteSource, describe, file_name, is_remote, open_bytes, sha256_of, shown
+from data_pipelines.storage.addresses import file_name, is_remote, shown
+from data_pipelines.storage.files import describe, open_bytes
+from data_pipelines.storage.source import ByteSource, sha256_of
 from data_pipelines.text import counted
 
 _COUNTED_AT_ONCE = 16  # shards: a remote one takes a few requests of a moment each
@@ -108,7 +110,7 @@ class _Scan:
         """How many samples damage has taken, as far as it can be known."""
         whole, made = len(rows) - 1, None
         with suppress(DataError):
-            made = _count(location, self.patience_s)
+            made = maker_count(location, self.patience_s)
         if made is not None:
             return f"{counted(max(0, made - whole), 'sample')} by the count of its maker"
         if not whole or Fault(rows[-1, 2]) != Fault.DAMAGED:
@@ -211,7 +213,7 @@ def count_from_stats(
             size, version = describe(location, patience_s=patience_s)
         except MissingError:
             return None
-        samples = _count(location, patience_s)
+        samples = maker_count(location, patience_s)
         if samples is None:
             stem = location.removesuffix(".tar")
             raise DataError(
@@ -298,37 +300,6 @@ def _known_sums(path: Path) -> dict[str, str]:
         return {shard.location: shard.sha256 for shard in Manifest.load(path, complete=False).shards if shard.sha256}
     except DataError:
         return {}
-
-
-def _count(location: str, patience_s: float) -> int | None:
-    """Samples of a shard, as img2dataset counted them; None where it did not."""
-    stem = location.removesuffix(".tar")
-    for name, count in ((f"{stem}_stats.json", _count_stats), (f"{stem}.parquet", _count_parquet)):
-        try:
-            source = open_bytes(name, patience_s=patience_s)
-        except DataError:
-            continue
-        try:
-            return count(source.read(0, source.size))
-        except Exception as error:  # whatever a parser says of bytes that are no such file
-            raise DataError(
-                f"{shown(name)} does not say how many samples {shown(location)} holds ({type(error).__name__}): index "
-                f"it without --trust-stats, which reads its headers."
-            ) from None
-        finally:
-            source.close()
-    return None
-
-
-def _count_stats(content: bytes) -> int:
-    return int(json.loads(content)["successes"])
-
-
-def _count_parquet(content: bytes) -> int:
-    from pyarrow import BufferReader, parquet  # takes half a second
-
-    status = parquet.read_table(BufferReader(content), columns=["status"]).column("status")
-    return sum(value == "success" for value in status.to_pylist())
 
 
 def _nothing_usable(shards: Sequence[Shard], report: Report) -> DataError:

@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from data_pipelines.errors import DataError, cannot_open, cannot_write
-from data_pipelines.storage.files import file_name, is_remote
+from data_pipelines.storage.addresses import file_name, is_remote
 
 FORMAT = 2
 _MANIFEST_AGAIN = "write the manifest again with `python -m data_pipelines index`"

@@ -12,7 +12,8 @@ from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.shards.manifest import write_atomically
 from data_pipelines.shards.sample import Fault, fix_of
 from data_pipelines.shards.scan import detail_of, label_at
-from data_pipelines.storage.files import ByteSource, file_name
+from data_pipelines.storage.addresses import file_name
+from data_pipelines.storage.source import ByteSource
 from data_pipelines.text import open_text, to_json
 
 MISSING = "the shard cannot be read"

@@ -30,7 +30,7 @@ from data_pipelines.shards.tar import (
     printable,
     split_name,
 )
-from data_pipelines.storage.files import ByteSource
+from data_pipelines.storage.source import ByteSource
 from data_pipelines.text import number_of
 
 READ_AHEAD = 8 << 20  # bytes of a remote shard that one request brings

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.shards.manifest import save_array, write_atomically
-from data_pipelines.storage.files import is_remote
+from data_pipelines.storage.addresses import is_remote
 from data_pipelines.text import to_json
 
 

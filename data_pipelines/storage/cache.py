@@ -22,7 +22,11 @@ from functools import cached_property
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.files import CHUNK, ByteSource, LocalFile, open_bytes, shown, wrong_sum
+from data_pipelines.storage.addresses import shown
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.storage.local import LocalFile
+from data_pipelines.storage.source import CHUNK, ByteSource
+from data_pipelines.storage.wording import wrong_sum
 
 PREFETCH_THREADS = 2  # of a process
 PREFETCH_QUEUE = 64  # shards; what is asked for beyond them is asked for again later

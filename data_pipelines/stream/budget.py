@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import DataError
 from data_pipelines.shards.tar import printable
-from data_pipelines.storage.files import shown
+from data_pipelines.storage.addresses import shown
 
 
 class BadSampleBudget:

@@ -17,7 +17,7 @@ from data_pipelines.samples.columns import BatchSpec, Pair, Row, open_columns
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.sample import Sample
 from data_pipelines.shards.tar import printable
-from data_pipelines.storage.files import shown
+from data_pipelines.storage.addresses import shown
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.workers import BatchDataset, stream
 

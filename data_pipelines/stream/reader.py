@@ -17,8 +17,10 @@ from data_pipelines.shards.manifest import Manifest, Shard, check_size, save_arr
 from data_pipelines.shards.sample import Fault, Sample, parse_sample
 from data_pipelines.shards.scan import scan
 from data_pipelines.shards.tar import TarError, printable
+from data_pipelines.storage.addresses import is_remote, shown
 from data_pipelines.storage.cache import ShardCache
-from data_pipelines.storage.files import ByteSource, is_remote, open_bytes, shown
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.storage.source import ByteSource
 
 MAX_TRAINING_CAPTIONS = 2_000_000  # more do not change a tokenizer, and sentencepiece holds them in memory
 MAX_OPEN_SHARDS = 256  # of a worker; a grain touches two or three, so reopening one costs little

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,130 +20,12 @@ from data_pipelines.shards.sample import Fault, Sample, hash64, normalised_capti
 from data_pipelines.shards.scan import label_at
 from data_pipelines.shards.tar import TarError
 from data_pipelines.text import to_json
+from data_pipelines.tools.distribution import Distribution, JsonField
+from data_pipelines.tools.scripts import script_of
 from data_pipelines.tools.sources import WHOLE, Part, Source, by_source, spread
 
 FORMAT = 2  # of the file of a part
 _MAX_EXAMPLES = 50  # problems that are shown
-_PERCENTS = (5, 50, 95)
-_TEXT_SHOWN = 40  # characters of a value of json
-
-# First characters of runs of one script, and the scripts; what lies between the blocks counts as "other".
-_BLOCKS = (
-    *((0x41, "Latin"), (0x250, "Latin"), (0x2B0, "other"), (0x370, "Greek"), (0x400, "Cyrillic"), (0x530, "Armenian")),
-    *((0x590, "Hebrew"), (0x600, "Arabic"), (0x700, "other"), (0x750, "Arabic"), (0x780, "other"), (0x8A0, "Arabic")),
-    *((0x900, "Devanagari"), (0x980, "Bengali"), (0xA00, "Gurmukhi"), (0xA80, "Gujarati"), (0xB00, "other")),
-    *((0xB80, "Tamil"), (0xC00, "Telugu"), (0xC80, "Kannada"), (0xD00, "Malayalam"), (0xD80, "Sinhala")),
-    *((0xE00, "Thai"), (0xE80, "Lao"), (0xF00, "other"), (0x1000, "Myanmar"), (0x10A0, "Georgian")),
-    *((0x1100, "Hangul"), (0x1200, "Ethiopic"), (0x13A0, "other"), (0x1780, "Khmer"), (0x1800, "other")),
-    *((0x1C80, "Cyrillic"), (0x1C90, "Georgian"), (0x1CC0, "other"), (0x1E00, "Latin"), (0x1F00, "Greek")),
-    *((0x2000, "other"), (0x2C60, "Latin"), (0x2C80, "other"), (0x2DE0, "Cyrillic"), (0x2E00, "other")),
-    *((0x3005, "Han"), (0x3008, "other"), (0x3040, "Kana"), (0x3100, "other"), (0x3130, "Hangul"), (0x3190, "other")),
-    *((0x31F0, "Kana"), (0x3200, "other"), (0x3400, "Han"), (0x4DC0, "other"), (0x4E00, "Han"), (0xA000, "other")),
-    *((0xA640, "Cyrillic"), (0xA6A0, "other"), (0xA720, "Latin"), (0xA800, "other"), (0xAC00, "Hangul")),
-    *((0xD7B0, "other"), (0xF900, "Han"), (0xFB00, "Latin"), (0xFB13, "other"), (0xFB1D, "Hebrew")),
-    *((0xFB50, "Arabic"), (0xFE00, "other"), (0xFE70, "Arabic"), (0xFF00, "Latin"), (0xFF66, "Kana")),
-    *((0xFFA0, "Hangul"), (0xFFE0, "other"), (0x20000, "Han"), (0x40000, "other")),
-)
-_STARTS = tuple(start for start, _ in _BLOCKS)
-
-
-def script_of(caption: str) -> str:
-    """The script of most of a caption's letters: "Latin", "Han", "Cyrillic" and so on, "none" where it has none.
-
-    Japanese mixes two: a caption with any kana counts as Kana.
-    """
-    if caption.isascii():
-        return "Latin" if any(map(str.isalpha, caption)) else "none"
-    letters = Counter(_BLOCKS[bisect.bisect(_STARTS, ord(c)) - 1][1] for c in caption if c.isalpha())
-    if "Kana" in letters:
-        return "Kana"
-    return max(sorted(letters), key=letters.__getitem__, default="none")
-
-
-@dataclass
-class Distribution:
-    """How whole numbers are distributed. Sum, least and most are exact; so is each number up to 999.
-
-    Larger ones are told apart by their first three digits, which bounds the memory.
-    """
-
-    counts: Counter[int] = field(default_factory=Counter)
-    sum: int = 0
-    least: int = 0
-    most: int = 0
-
-    def add(self, number: int) -> None:
-        """One number, 0 or above."""
-        self.least = min(self.least, number) if self.counts else number
-        self.most = max(self.most, number)
-        self.counts[number if number < 1000 else _three_digits(number)] += 1
-        self.sum += number
-
-    def merge(self, other: Distribution) -> None:
-        """All numbers of another."""
-        if not other.counts:
-            return
-        self.least = min(self.least, other.least) if self.counts else other.least
-        self.most = max(self.most, other.most)
-        self.counts.update(other.counts)
-        self.sum += other.sum
-
-    @property
-    def mean(self) -> float:
-        """0 where there are no numbers."""
-        return self.sum / max(1, self.counts.total())
-
-    def percentile(self, percent: int) -> int:
-        """The least number that so many percent do not exceed; 0 where there are none."""
-        wanted, reached = math.ceil(self.counts.total() * percent / 100), 0
-        for number, count in sorted(self.counts.items()):
-            reached += count
-            if reached >= wanted:
-                return max(number, self.least)
-        return 0
-
-    def summary(self, unit: int = 1) -> dict[str, float]:
-        """Mean, percentiles and extremes, divided by `unit`."""
-        found = {"mean": self.mean, "min": self.least}
-        found |= {f"p{percent}": self.percentile(percent) for percent in _PERCENTS}
-        return {name: round(value / unit, 3) for name, value in (found | {"max": self.most}).items()}
-
-
-@dataclass
-class JsonField:
-    """The values of one field of json: how many, and between which they lie."""
-
-    samples: int = 0  # that have it
-    numbers: list[float] = field(default_factory=list)  # least and most, where there are any
-    texts: list[str] = field(default_factory=list)  # first and last by alphabet, where there are any
-
-    def add(self, value: object) -> None:
-        """The value of one sample."""
-        self.samples += 1
-        if isinstance(value, str):
-            self._widen(self.texts, [value[:_TEXT_SHOWN]])
-        elif isinstance(value, bool):
-            self._widen(self.texts, [to_json(value)])
-        elif isinstance(value, int | float) and abs(value) < 1e300:  # neither NaN nor infinite, nor too large for one
-            self._widen(self.numbers, [float(value)])
-
-    def merge(self, other: JsonField) -> None:
-        """All values of another."""
-        self.samples += other.samples
-        self._widen(self.numbers, other.numbers)
-        self._widen(self.texts, other.texts)
-
-    @property
-    def range(self) -> str:
-        """As it is shown."""
-        ends = [[f"{number:g}" for number in self.numbers], self.texts]
-        return ", ".join(" to ".join(dict.fromkeys(both)) for both in ends if both)
-
-    @staticmethod
-    def _widen(ends: list[Any], values: list[Any]) -> None:
-        if values:
-            ends[:] = min([*ends, *values]), max([*ends, *values])
-
 
 UNITS = {  # of what is measured: numbers stand for hundredths where that says 100
     "width": 1,
@@ -416,8 +296,3 @@ def _reject(census: Census, source: Source, key: str, reason: str) -> None:
 
 def _by_count(counter: Counter[str]) -> dict[str, int]:
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _three_digits(number: int) -> int:
-    unit = 10 ** (len(str(number)) - 3)
-    return number // unit * unit

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipelines.shards.tar import printable
-from data_pipelines.storage.files import shown
+from data_pipelines.storage.addresses import shown
 from data_pipelines.text import counted
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader
 
-from data_pipelines.storage.files import file_name, shown
-from data_pipelines.tools.census import UNITS, Distribution
+from data_pipelines.storage.addresses import file_name, shown
+from data_pipelines.tools.census import UNITS
+from data_pipelines.tools.distribution import Distribution
 from data_pipelines.tools.inspection import CENSUS_SAMPLES, Inspection, Picture
 
 _BARS = 32

@@ -17,7 +17,7 @@ from data_pipelines.randomness import Purpose, permutation
 from data_pipelines.shards.manifest import write_atomically
 from data_pipelines.shards.tar import TarError, iter_members, iter_samples
 from data_pipelines.shards.writer import write_shard
-from data_pipelines.storage.files import shown
+from data_pipelines.storage.addresses import shown
 from data_pipelines.text import to_json
 from data_pipelines.tools.sources import WHOLE, Part, Source, by_source
 

@@ -14,7 +14,9 @@ from data_pipelines.shards.index import build_manifest
 from data_pipelines.shards.manifest import Manifest, Shard, check_size, rows_kept
 from data_pipelines.shards.scan import ReadAhead, scan
 from data_pipelines.shards.seal import Seal
-from data_pipelines.storage.files import ByteSource, expand, is_remote, open_bytes, shown
+from data_pipelines.storage.addresses import is_remote, shown
+from data_pipelines.storage.files import expand, open_bytes
+from data_pipelines.storage.source import ByteSource
 from data_pipelines.stream.reader import fits
 from data_pipelines.text import counted
 

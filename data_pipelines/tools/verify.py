@@ -15,7 +15,9 @@ from data_pipelines.shards.problems import CHANGED, MISSING, WRONG_COUNT, WRONG_
 from data_pipelines.shards.sample import Fault, parse_sample
 from data_pipelines.shards.scan import ReadAhead, label_at, scan
 from data_pipelines.shards.tar import TarError
-from data_pipelines.storage.files import ByteSource, is_remote, open_bytes, sha256_of
+from data_pipelines.storage.addresses import is_remote
+from data_pipelines.storage.files import open_bytes
+from data_pipelines.storage.source import ByteSource, sha256_of
 from data_pipelines.tools.sources import PATIENCE_S, Source
 
 

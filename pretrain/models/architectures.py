@@ -3,8 +3,9 @@
 from importlib import import_module
 
 from data_pipelines.batch import known_tensors
-from pretrain.config import ARCHITECTURES, Config
+from pretrain.config import Config
 from pretrain.errors import ConfigError
+from pretrain.model_config import ARCHITECTURES
 from pretrain.models.layer import Architecture, Groups, WiringError, check
 from pretrain.models.towers import Vocabulary
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pretrain.config import ImageTowerConfig, TextTowerConfig
+from pretrain.model_config import ImageTowerConfig, TextTowerConfig
 from pretrain.models.blocks import Block, padding_mask
 from pretrain.models.layer import Layer
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from distributed.layouts import LAYOUTS
-from pretrain import config as settings
-from pretrain.config import SIZES, Config, EngineConfig, parse_config
+from pretrain import model_config as settings
+from pretrain.config import Config, EngineConfig, parse_config
+from pretrain.model_config import SIZES
 from pretrain.models.architectures import architecture_of
 from pretrain.models.initial import build_layer
 from pretrain.models.layer import Flow

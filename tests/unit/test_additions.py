@@ -106,7 +106,7 @@ def packages(tmp_path: Path) -> Path:
     for name in ("pretrain", "data_pipelines"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pretrain/models/lengths.py").write_text(MODEL)
-    replace(tmp_path / "pretrain/config.py", "}\n\n\nclass ModelConfig(", CHOICE)
+    replace(tmp_path / "pretrain/model_config.py", "}\n\n\nclass ModelConfig(", CHOICE)
     replace(tmp_path / "pretrain/config.py", SECTION.splitlines(keepends=True)[0], SECTION)
     return tmp_path
 
@@ -132,7 +132,7 @@ def test_an_architecture_with_an_objective_and_a_metric_is_one_file_and_its_line
 @pytest.mark.parametrize(
     ("file", "old", "new", "sentence"),
     [
-        ("config.py", CHOICE, "}\n\n\nclass ModelConfig(", "'lengths' is none of albef, clip, "),
+        ("model_config.py", CHOICE, "}\n\n\nclass ModelConfig(", "'lengths' is none of albef, clip, "),
         ("config.py", SECTION.splitlines(keepends=True)[1], "", "length"),
         (
             "models/lengths.py",

@@ -75,13 +75,14 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         "data_pipelines.samples.masking",
     ),
     "pretrain.models": (
-        *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.errors"),
-        "data_pipelines.batch",
+        *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.model_config"),
+        *("pretrain.errors", "data_pipelines.batch"),
     ),
     "pretrain.optim": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
-    "pretrain.config": ("pretrain.config_text", "pretrain.errors", "data_pipelines.config"),
+    "pretrain.config": ("pretrain.model_config", "pretrain.config_text", "pretrain.errors", "data_pipelines.config"),
+    "pretrain.model_config": ("data_pipelines.config",),
     "pretrain.config_text": ("pretrain.errors",),  # of any schema
     "pretrain.errors": ("data_pipelines.errors",),
     "pretrain": (),
@@ -91,6 +92,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
 
 # The rooms of data_pipelines, lowest first; what lies beside them is for all.
 ROOMS = ("storage", "shards", "order", "samples", "stream", "tools", "demo")
+MAX_LINES = 350
 
 
 def within(module: str, *parts: str) -> bool:
@@ -163,6 +165,12 @@ def test_a_room_of_the_data_imports_only_rooms_below_it(module: str):
 
     above = {name for name in IMPORTS[module] if name.startswith("data_pipelines") and floor(name) > floor(module)}
     assert not above, f"{module} may not import {sorted(above)}"
+
+
+def test_no_file_is_longer_than_a_reader_keeps_in_mind():
+    lines = {module: path.read_text().count("\n") for module, path in PATHS.items()}
+    # Until each of its commands is a file: then this line fails, and the name goes.
+    assert {module: count for module, count in lines.items() if count > MAX_LINES}.keys() == {"data_pipelines.__main__"}
 
 
 def test_no_module_imports_itself_by_a_detour():

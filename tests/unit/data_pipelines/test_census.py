@@ -19,7 +19,9 @@ from data_pipelines.shards.filters import Filters
 from data_pipelines.shards.index import build_manifest
 from data_pipelines.shards.sample import Fault
 from data_pipelines.shards.writer import write_shard
-from data_pipelines.tools.census import Census, Distribution, JsonField, script_of, take_census
+from data_pipelines.tools.census import Census, take_census
+from data_pipelines.tools.distribution import Distribution, JsonField
+from data_pipelines.tools.scripts import script_of
 from data_pipelines.tools.sources import by_source, load_sources, name_sources, spread
 
 

@@ -21,7 +21,7 @@ from data_pipelines.shards.writer import write_shard
 from data_pipelines.storage.files import describe
 from data_pipelines.stream import reader
 from data_pipelines.tools.command_line import parser
-from pretrain.config import SIZES
+from pretrain.model_config import SIZES
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,8 +12,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipelines.errors import DataError, MissingError
-from data_pipelines.storage import files as storage
-from data_pipelines.storage.files import describe, expand, is_remote, open_bytes, shown
+from data_pipelines.storage import filesystems
+from data_pipelines.storage.addresses import is_remote, shown
+from data_pipelines.storage.files import describe, expand, open_bytes
 
 CONTENT = np.random.default_rng(0).bytes(1000)
 
@@ -183,7 +184,7 @@ def unreliable() -> Iterator[type[Unreliable]]:
     Unreliable().pipe_file("/a.tar", CONTENT)
     Unreliable().pipe_file("/b.tar", CONTENT)
     yield Unreliable
-    storage._filesystems.clear()
+    filesystems._filesystems.clear()
 
 
 def test_any_file_system_of_fsspec_is_read_with_patience(unreliable: type[Unreliable]):

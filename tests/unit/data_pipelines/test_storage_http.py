@@ -16,7 +16,7 @@ import pytest
 from http_server import Fault, ShardServer, etag
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import files as storage
+from data_pipelines.storage import remote
 from data_pipelines.storage.files import describe, expand, open_bytes
 
 ROOT = Path(__file__).parents[3]
@@ -40,7 +40,7 @@ def test_any_range_is_what_lies_there_and_shorter_only_at_the_end(offset: int, s
 
 
 def test_a_large_read_is_cut_into_requests_of_limited_size(server: ShardServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "CHUNK", 4000)
+    monkeypatch.setattr(remote, "CHUNK", 4000)
     source = open_bytes(server.put("a.tar", CONTENT), patience_s=PATIENCE_S, size=len(CONTENT))
     assert source.read(0, len(CONTENT)) == CONTENT
     assert [request.range for request in server.requests] == ["bytes=0-3999", "bytes=4000-7999", "bytes=8000-9999"]
@@ -478,8 +478,8 @@ def run(script: str, *arguments: str) -> str:
 def test_importing_storage_starts_no_thread_and_loads_nothing_heavy():
     script = """
 import sys, threading
-import data_pipelines.storage.files as storage
-assert not storage.is_remote("/a.tar") and storage.expand([sys.executable])
+from data_pipelines.storage.files import expand
+assert expand([sys.executable])
 print(threading.active_count(), sorted({"fsspec", "aiohttp", "asyncio", "s3fs", "torch", "numpy"} & set(sys.modules)))
 """
     assert run(script) == "1 []\n"

@@ -16,8 +16,10 @@ from http_server import Fault, ShardServer, etag
 from moto.server import ThreadedMotoServer
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import files as storage
-from data_pipelines.storage.files import ByteSource, describe, expand, open_bytes
+from data_pipelines.storage import filesystems
+from data_pipelines.storage.addresses import file_name
+from data_pipelines.storage.files import describe, expand, open_bytes
+from data_pipelines.storage.source import ByteSource
 
 CONTENT = np.random.default_rng(0).bytes(10_000)
 URL = "s3://corpus/train/00001.tar"
@@ -56,7 +58,7 @@ def passes_on(client: Any) -> Iterator[ShardServer]:
             environment.setenv(f"AWS_{name}", value)
         environment.setenv("NO_PROXY", "127.0.0.1")
         yield server
-    storage._filesystems.clear()
+    filesystems._filesystems.clear()
     server.stop()
 
 
@@ -219,7 +221,7 @@ def test_a_refusal_is_said_at_once_with_the_fix(proxy: ShardServer):
 
 
 def test_missing_credentials_are_named_with_the_ways_to_give_them(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "_filesystems", {})
+    monkeypatch.setattr(filesystems, "_filesystems", {})
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(DataError, match=r"needs credentials \(.*\): set AWS_PROFILE, .* FSSPEC_S3_ANON=true"):
@@ -227,7 +229,7 @@ def test_missing_credentials_are_named_with_the_ways_to_give_them(monkeypatch: p
 
 
 def test_settings_of_the_user_for_s3_hold(monkeypatch: pytest.MonkeyPatch, client: Any, proxy: ShardServer):
-    monkeypatch.setattr(storage, "_filesystems", {})
+    monkeypatch.setattr(filesystems, "_filesystems", {})
     put(client, "00001.tar", CONTENT, ACL="public-read")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True, "config_kwargs": {"user_agent_extra": "from-config"}})
     assert describe(URL) == (len(CONTENT), etag(CONTENT))
@@ -269,14 +271,14 @@ def test_an_object_asked_for_in_a_version_is_read_in_that_version(client: Any):
     assert expand(urls) == sorted(urls)
     found = [open_bytes(url, patience_s=8).read(0, 10) for url in (*urls, "s3://kept/a.tar")]
     assert found == [CONTENT[:10], CONTENT[::-1][:10], CONTENT[::-1][:10]]
-    assert {storage.file_name(url) for url in urls} == {"a.tar"}
+    assert {file_name(url) for url in urls} == {"a.tar"}
 
 
 @pytest.mark.parametrize("merges", [True, False], ids=["as s3fs does", "as it did in 2024"])
 def test_whoever_pays_for_his_requests_says_so_in_each(
     merges: bool, monkeypatch: pytest.MonkeyPatch, proxy: ShardServer
 ):
-    monkeypatch.setattr(storage, "_filesystems", {})
+    monkeypatch.setattr(filesystems, "_filesystems", {})
     monkeypatch.setitem(fsspec.config.conf, "s3", {"requester_pays": True})
     if not merges:
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import SIZES, load_config
+from pretrain.config import load_config
 from pretrain.errors import ConfigError
+from pretrain.model_config import SIZES
 
 MINIMAL = """
 output: runs/x
