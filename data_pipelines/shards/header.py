@@ -121,7 +121,7 @@ def _jpeg(data: bytes) -> Header | None:
     if frame is None:
         return None
     kind, precision, height, width, components = frame
-    oddity = f"{precision} bits a colour" if precision != 8 else _CODINGS.get(kind, "")
+    oddity = f"{precision} bits per colour" if precision != 8 else _CODINGS.get(kind, "")
     is_buffered = kind in _PROGRESSIVE or components_in_scan < components
     return Header("JPEG", height, width, orientation or 1, components, is_buffered, oddity)
 
