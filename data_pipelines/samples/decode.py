@@ -189,7 +189,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _keyed_rgb16(data: bytes) -> np.ndarray:
-    """A PNG of 16 bits per colour, one of which is transparent: Pillow would drop the lower bytes before it compares."""
+    """A PNG of 16 bits per colour, one of which is transparent: Pillow would drop lower bytes before it compares."""
     deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert deep is not None
     return np.where(deep[..., 3:] == 0, 255, deep[..., 2::-1] // 256).astype(np.uint8)

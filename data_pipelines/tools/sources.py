@@ -101,12 +101,14 @@ class Part:
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> Part:
-        """Reads `number/count`.
+    def parse(cls, text: str | None) -> Part:
+        """Reads `number/count`; all of the work where there is none.
 
         Raises:
             DataError: It is no such part.
         """
+        if text is None:
+            return WHOLE
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise DataError(
@@ -118,10 +120,10 @@ class Part:
         """This part's share."""
         return list(items[self.number :: self.count])
 
-    @property
-    def name(self) -> str:
-        """For the names of files."""
-        return f"{self.number:05d}-of-{self.count:05d}"
+    def file(self, whole: Path) -> Path:
+        """Where this part's share of a file is written."""
+        name = f"{whole.stem}.{self.number:05d}-of-{self.count:05d}{whole.suffix}"
+        return whole if self.count == 1 else whole.with_name(name)
 
 
 WHOLE = Part(0, 1)

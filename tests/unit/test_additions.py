@@ -100,6 +100,23 @@ except ConfigError as error:
     print(error)
 """
 
+# A command that says what it was given.
+COMMAND = '''
+"""Says WORD."""
+
+HELP = "say a word"
+EXAMPLES = ("hello",)
+
+
+def add_arguments(parser):
+    parser.add_argument("word")
+
+
+def run(options):
+    print(f"{options.word} said")
+    return 3
+'''
+
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
@@ -158,3 +175,43 @@ def test_an_architecture_with_an_objective_and_a_metric_is_one_file_and_its_line
 def test_what_is_left_out_is_told(packages: Path, file: str, old: str, new: str, sentence: str):
     replace(packages / "pretrain" / file, old, new)
     assert sentence in step(packages)
+
+
+@pytest.fixture
+def data_pipelines(tmp_path: Path) -> Path:
+    package = tmp_path / "data_pipelines"
+    shutil.copytree(ROOT / package.name, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "commands/say.py").write_text(COMMAND)
+    replace(package / "commands/__init__.py", '"coverage"', '"coverage", "say"')
+    return package
+
+
+def say(package: Path, word: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", package.name, "say", word]
+    return subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False, timeout=100)
+
+
+def test_a_command_is_one_file_and_its_line(data_pipelines: Path):
+    ran = say(data_pipelines, "hello")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (3, "hello said\n", "")
+    assert "Says WORD." in say(data_pipelines, "--help").stdout
+    assert "python -m data_pipelines say hello" in say(data_pipelines, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sentence"),
+    [
+        ("__init__.py", ', "say"', "", "invalid choice: 'say' (choose from "),
+        ("__init__.py", '"say"', '"tell"', "No module named 'data_pipelines.commands.tell'"),
+        ("say.py", '"""Says WORD."""', "", "commands.say has no docstring, which its --help begins with"),
+        *(
+            ("say.py", name, f"other_{name}", f"module 'data_pipelines.commands.say' has no attribute '{name}'")
+            for name in ("HELP", "EXAMPLES", "add_arguments", "run")
+        ),
+    ],
+)
+def test_what_a_command_leaves_out_is_told(data_pipelines: Path, file: str, old: str, new: str, sentence: str):
+    replace(data_pipelines / "commands" / file, old, new)
+    ran = say(data_pipelines, "hello")
+    assert ran.returncode
+    assert sentence in ran.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.tools import command_line
+from data_pipelines import __main__ as data_pipelines
 from launch import __main__ as launch
 from launch.hardware import GPUS
 from launch.plan import Cluster, Costs, make_plan
@@ -44,7 +44,7 @@ def test_every_key_that_a_page_names_is_one(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
 def test_the_commands_of_a_page_have_the_options_that_they_use(page):
-    parsers = {"data_pipelines": command_line.parser, "launch": launch.parser, "pretrain": pretrain.parser}
+    parsers = {"data_pipelines": data_pipelines.parser, "launch": launch.parser, "pretrain": pretrain.parser}
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
         for line in block.splitlines():
             _, _, module, *words = shlex.split(line)

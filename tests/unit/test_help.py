@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipelines.tools import command_line
+from data_pipelines import __main__ as data_pipelines
 from launch import __main__ as launch
 from pretrain import __main__ as pretrain
 
-PARSERS = {"data_pipelines": command_line.parser, "launch": launch.parser, "pretrain": pretrain.parser}
+PARSERS = {"data_pipelines": data_pipelines.parser, "launch": launch.parser, "pretrain": pretrain.parser}
 
 
 def commands() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:

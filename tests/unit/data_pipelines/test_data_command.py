@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from corpus import Corpus, Members, jpeg, make_corpus
 
-from data_pipelines.__main__ import main
+from data_pipelines.__main__ import main, parser
+from data_pipelines.commands import COMMANDS
 from data_pipelines.samples.tokenizer import Tokenizer, export_tokenizer
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.writer import write_shard
 from data_pipelines.storage.files import describe
 from data_pipelines.stream import reader
-from data_pipelines.tools.command_line import parser
 from pretrain.model_config import SIZES
 
 ROOT = Path(__file__).parents[3]
@@ -84,7 +84,9 @@ def test_an_error_is_one_line_without_a_traceback_and_exit_code_4(tmp_path: Path
     assert run.stderr.count("\n") == 1
 
 
-COMMANDS = ("demo", "pack", "index", "verify", "stats", "inspect", "reshard", "tokenizer", "adopt", "coverage")
+def test_every_file_of_the_folder_is_a_line_of_the_table_and_the_other_way_round():
+    files = [path.stem for path in (ROOT / "data_pipelines/commands").glob("*.py") if path.stem != "__init__"]
+    assert sorted(COMMANDS) == sorted(files)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -96,7 +98,8 @@ def test_help_is_there_for_every_command(command: list[str], capfd: pytest.Captu
 
 
 def test_light_modules_load_neither_torch_nor_opencv():
-    names = ("config", "errors", "__main__", "shards.manifest", "shards.index", "order.order", "tools.command_line")
+    names = ("config", "errors", "__main__", "shards.manifest", "shards.index", "order.order")
+    names += tuple(f"commands.{name}" for name in COMMANDS)
     light = [f"data_pipelines.{name}" for name in names]
     code = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'cv2'}} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"

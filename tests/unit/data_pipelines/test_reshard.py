@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -225,10 +226,10 @@ def test_what_is_no_part_is_refused_in_one_sentence(text: str):
         Part.parse(text)
 
 
-def test_a_part_beyond_the_last_is_refused_by_every_command(manifest: Path, capfd: pytest.CaptureFixture[str]):
-    for command in ("verify", "stats", "reshard"):
-        assert main([command, str(manifest), "-o", str(manifest.parent / "x"), "--shard", "4/4"]) == 4
-        assert capfd.readouterr().err.startswith("--shard 4/4 is no part")
+def test_a_part_that_there_is_not_is_refused_by_every_command(manifest: Path, capfd: pytest.CaptureFixture[str]):
+    for command, part in product(("verify", "stats", "reshard"), ("4/4", "")):  # "" as of a variable that is not set
+        assert main([command, str(manifest), "-o", str(manifest.parent / "x"), "--shard", part]) == 4
+        assert capfd.readouterr().err.startswith(f"--shard {part} is no part")
 
 
 def test_the_record_says_what_was_resharded(manifest: Path, tmp_path: Path):
