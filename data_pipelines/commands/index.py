@@ -1,8 +1,9 @@
 """Reads headers and .txt of every shard once, leaves out samples without an image or a caption, and says which. Filters
-read whole samples. What was read is kept in a folder beside the manifest, so that a second run, after an interruption or
-with other thresholds, takes seconds.
+read whole samples. What was read is kept in a folder beside the manifest, so that a second run, after an interruption
+or with other thresholds, takes seconds.
 """
 
+import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
@@ -139,7 +140,7 @@ def _score(text: str) -> tuple[str, float]:
     name, value = _assignment(text)
     number = _number(value, "FIELD=NUMBER, such as similarity=0.28")
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"give a number, not {value}: no score is above or below it")
+        raise ArgumentTypeError(f"give a number, not {value}: no score is above or below it")
     return name, number
 
 
