@@ -20,7 +20,10 @@ from them, and a test holds it to them. Values are read by the type of their key
 path is any text, with `~` and `$VARIABLES` replaced; a number is a decimal number (or 0x1F, 0o17); the only booleans
 are `true` and `false`; `null`, `~`, `None` and `none` are null where a key can be null; a list is `[1, 2]` or `1,2`.
 
-Keys without a default have to be given. Words that are not plain are in the [glossary](glossary.md).
+Keys without a default have to be given; but sections of `model` and what is in them follow from `model.size` (here
+those of base/16) and `model.architecture`, as `pretrain/model_config.py` has them, and an objective that the
+architecture can be trained with is on, with its own defaults, unless it is `null`. Words that are not plain are in
+the [glossary](glossary.md).
 """
 GIVEN = {
     "output": "runs/x",

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="retrieval, zero-shot, matching and masked-LM accuracy of a run",
+        help="retrieval, zero-shot, matching, masked-LM and captioning accuracy of a run",
         formatter_class=HelpFormatter,
         epilog=examples(
             "python -m pretrain evaluate runs/base",

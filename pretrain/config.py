@@ -223,8 +223,8 @@ class Config(Section):
             if getattr(self.objectives, name) and name not in ARCHITECTURES[architecture].objectives:
                 others = [other for other, choice in ARCHITECTURES.items() if name in choice.objectives]
                 raise ValueError(
-                    f"model.architecture {architecture} has no objectives.{name}: remove it, or choose "
-                    f"{' or '.join(others)}"
+                    f"model.architecture {architecture} has no objectives.{name}: set objectives.{name}=null, or "
+                    f"choose {' or '.join(others)}"
                 )
         tensor_parallel = self.engine.tensor_parallel
         for name, tower in self.model.towers.items():

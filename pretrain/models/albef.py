@@ -2,13 +2,17 @@
 
     images --> image tower --> image_tokens --> image_project --\
                                     |                            contrastive_head, mining
-    captions, masked captions --> text tower --> text_project --/      |
-                                    |                              pair_up
+    captions, masked captions --> text tower --> text_project --/      | negative_images, negative_texts
+                                    |                              pair_up, see
+                                    |                                  | pairs/..., seen
                                     +--> fusion blocks over [pairs; masked captions], looking at the images
                                               |--> matching_head     (pairs)
                                               +--> masked_lm_head    (masked captions)
 
-The text tower runs once over clean and masked captions, the fusion blocks once over pairs and masked captions.
+The text tower runs once over clean and masked captions, the fusion blocks once over pairs and masked captions. Of pairs
+there are three per sample: caption and image as they are, with another image, with another caption. A fusion block is
+self-attention, cross-attention from a row's tokens to its image's, and an MLP; names that end in `image` say which of
+the images a row looks at. Kinds of rows that no objective wants do not run.
 Source: Li et al., Align before fuse (2021), sections 3.1 and 3.2.
 """
 
@@ -60,7 +64,10 @@ def architecture(config: Config, vocabulary: Vocabulary, groups: Groups) -> Arch
             pairs=("pairs/caption_tokens", "pairs/caption_mask", "pairs/image"),
             masked=("masked_tokens", "masked_mask", "own_image"),
         ),
-        *(Layer(f"fusion_block_{i}", block, reads, ("fused_tokens",), True) for i in range(model.fusion.depth)),
+        *(
+            Layer(f"fusion_block_{i}", block, reads, ("fused_tokens",), recompute=True)
+            for i in range(model.fusion.depth)
+        ),
         split(FUSED, ("fused_tokens",), pairs=("fused_pairs",), masked=("fused_masked",)),
     ]
     if objectives.matching:

@@ -107,7 +107,7 @@ def test_offload_without_zero_names_both_keys(path):
 
 
 def test_an_objective_that_the_architecture_does_not_have_is_refused_with_one_that_has(path):
-    message = "model.architecture clip has no objectives.matching: remove it, or choose albef"
+    message = "model.architecture clip has no objectives.matching: set objectives.matching=null, or choose albef"
     with pytest.raises(ConfigError, match=message):
         load_config(path, ["model.architecture=clip", "objectives.matching.pool=4"])
 
