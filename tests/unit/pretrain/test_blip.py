@@ -231,7 +231,10 @@ def test_encoder_and_decoder_differ_in_self_attention_alone():
     ("changes", "message"),
     [
         ({"objectives__contrastive": None}, "model.architecture blip: its embeddings need objectives.contrastive"),
-        ({"objectives__masked_lm": {}}, "model.architecture blip has no objectives.masked_lm: set objectives.masked_lm=null"),
+        (
+            {"objectives__masked_lm": {}},
+            "model.architecture blip has no objectives.masked_lm: set objectives.masked_lm=null",
+        ),
         ({"model__fusion": {"depth": 1, "heads": 2}}, "model.architecture blip has no model.fusion: remove it"),
     ],
 )

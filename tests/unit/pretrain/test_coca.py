@@ -173,7 +173,10 @@ def test_every_parameter_gets_a_gradient(loss):
             "objectives that are on are contrastive",
         ),
         ({"model__decoder": None}, "model.architecture coca needs model.decoder: remove `null`"),
-        ({"objectives__masked_lm": {}}, "model.architecture coca has no objectives.masked_lm: set objectives.masked_lm=null"),
+        (
+            {"objectives__masked_lm": {}},
+            "model.architecture coca has no objectives.masked_lm: set objectives.masked_lm=null",
+        ),
         ({"model__decoder": {"depth": 1, "heads": 5, "queries": 3}}, "model.decoder.heads 5 does not divide the width"),
         ({"engine__tensor_parallel": 4}, "engine.tensor_parallel 4 does not divide model."),
     ],

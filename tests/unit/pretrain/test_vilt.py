@@ -149,7 +149,10 @@ def test_pairs_follow_from_seed_and_position_however_the_batch_is_cut():
         ({"model__image__width": 64}, "model.image.width 64 is not model.text.width 32, and blocks of model.joint"),
         ({"model__joint": None}, "model.architecture vilt needs model.joint: remove `null`"),
         ({"model__embed": 16}, "model.architecture vilt has no model.embed: remove it"),
-        ({"objectives__contrastive": {}}, "model.architecture vilt has no objectives.contrastive: set objectives.contrastive=null"),
+        (
+            {"objectives__contrastive": {}},
+            "model.architecture vilt has no objectives.contrastive: set objectives.contrastive=null",
+        ),
         ({"engine__tensor_parallel": 4}, "engine.tensor_parallel 4 does not divide model.joint.heads 2"),
         (
             {"objectives__masked_lm": None, "objectives__matching": None},
