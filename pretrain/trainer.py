@@ -167,10 +167,11 @@ class Trainer:
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        nothing_to_tell = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
-        if self.config.objectives.contrastive and (nothing_to_tell or not self.looked_for_negatives):
+        contrasts = self.config.objectives.contrastive is not None
+        learnt_nothing = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
+        if contrasts and (learnt_nothing or not self.looked_for_negatives):
             self._look_for_negatives(micro_batches)
-        temperature = self._temperature()
+        temperature = {"temperature": self._temperature()} if contrasts else {}
         step_s, data_wait_share = clock.read()
         if self.metrics:
             values = {
@@ -178,7 +179,7 @@ class Trainer:
                 **{f"metric/{name}": value for name, value in result.metrics.items()},
                 "learning_rate": rate,
                 "gradient_norm": result.gradient_norm,
-                "temperature": temperature,
+                **temperature,
                 **self._epochs(),
                 "time/samples_per_s": training.global_batch / step_s,
                 "time/step_s": step_s,
