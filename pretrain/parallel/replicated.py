@@ -40,13 +40,19 @@ class ReplicatedEngine:
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: part.shape for name, part in self.parts.items()}
         self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
-        # One buffer behind all gradients: one collective a step instead of one a parameter.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.masters.values()), device=mesh.device)
-        parts = self.gradients.split([p.numel() for p in self.masters.values()])
-        for master, weight, part in zip(self.masters.values(), model.parameters(), parts, strict=True):
-            self.optimizer.prime(master)
-            master.grad = part.view_as(master)
-            weight.register_post_accumulate_grad_hook(partial(_hand_over, master.grad))
+        # One buffer behind all gradients: one collective a step instead of one a parameter. The ranks of a tp axis hold
+        # the same of what lies first.
+        weights = dict(model.named_parameters())
+        names = sorted(self.masters, key=lambda name: self.parts[name].is_cut)
+        sizes = [self.masters[name].numel() for name in names]
+        self.gradients = torch.zeros(sum(sizes), device=mesh.device)
+        self.copied = self.gradients[
+            : sum(m.numel() for name, m in self.masters.items() if not self.parts[name].is_cut)
+        ]
+        for name, part in zip(names, self.gradients.split(sizes), strict=True):
+            self.optimizer.prime(self.masters[name])
+            self.masters[name].grad = gradient = part.view_as(self.masters[name])
+            weights[name].register_post_accumulate_grad_hook(partial(_hand_over, gradient))
         self.applied_steps = 0
 
     def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
@@ -64,6 +70,8 @@ class ReplicatedEngine:
         figures, counts = totals(self.architecture, reports, self.mesh)
 
         self.mesh.dp.mean(self.gradients)
+        # Sums of one gradient over two dp groups may differ in the last digit: copies would drift apart.
+        self.mesh.tp.mean(self.copied)
         norm = self._norm()
         applied = bool(norm.isfinite()) and bool(figures.isfinite().all())
         if applied:

@@ -45,7 +45,8 @@ class ZeroEngine:
         self.stages = stages
         self.stage = config.engine.zero_stage
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
-        topology = Topology(mesh)
+        # DeepSpeed would not look at it otherwise, and each of its groups costs a communicator.
+        topology = Topology(mesh) if self.stage == 3 or (mesh.tp.size > 1 and mesh.pp.size == 1) else None
         modules: dict[str, nn.Module] = {}
         self.parts: dict[str, Part] = {}
         for layer in stages[mesh.pp.rank]:
@@ -53,7 +54,7 @@ class ZeroEngine:
             self.parts |= parts
             # zero.Init would leave a layer that is already built in fp32, whatever its settings say.
             module = module.to(training_dtype(config.engine, mesh.device))
-            if self.stage == 3:  # without the group, zero.Init would partition over the whole world
+            if topology and self.stage == 3:  # without the group, zero.Init would partition over the whole world
                 deepspeed.zero.Init(module=module, data_parallel_group=topology.dp, config_dict_or_path=settings)
             modules[layer.name] = module
         self.model = Model(architecture, modules, config.engine.activation_checkpointing)
@@ -62,7 +63,10 @@ class ZeroEngine:
             {name: part.shape for name, part in self.parts.items()},
             config.optimizer,
             config.objectives.contrastive,
+            [name for name, part in self.parts.items() if not part.is_cut] if mesh.tp.size > 1 else None,
         )
+        # Sums of one gradient over two dp groups may differ in the last digit: copies would drift apart.
+        optimizer.average = mesh.tp.mean if mesh.tp.size > 1 else None
         deepspeed.utils.groups.mpu = None  # it would take an earlier engine's for this one's
         # DeepSpeed's declared types are wider than what it returns here.
         self.engine: Any
@@ -72,7 +76,7 @@ class ZeroEngine:
         self._prime_optimizer()
         self.applied_steps = 0
 
-    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology") -> Any:
+    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology | None") -> Any:
         mpu = topology if self.mesh.tp.size > 1 else None
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
 

@@ -21,7 +21,7 @@ from pretrain.parallel.zero import Topology, ZeroEngine
 class ZeroPipelineEngine(ZeroEngine):
     """Each stage is one layer to DeepSpeed, and what it hands on one tensor."""
 
-    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: Topology) -> Any:
+    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: Topology | None) -> Any:
         mesh = self.mesh
         self.pipeline = Pipeline(self.model, self.stages, self.config, mesh)
         stages = [self.pipeline.stage if rank == mesh.pp.rank else nn.Identity() for rank in range(mesh.pp.size)]
