@@ -16,17 +16,19 @@ from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
-from pretrain.alarms import Negatives
+from pretrain.alarms import Alarms, Negatives
 from pretrain.banner import banner, changes, facts
+from pretrain.batch_spec import vocabulary_of
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError, StorageError
-from pretrain.health import SkippedSteps
+from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
+from pretrain.health import Health
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
+from pretrain.rollback import Rollbacks
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.screen import say
 from pretrain.stopping import Interrupted, Stop
@@ -51,7 +53,9 @@ class Trainer:
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
-        self.skipped = SkippedSteps(config.training.max_skipped_steps)
+        self.health = Health(config.training)
+        self.rollbacks = Rollbacks(config.output, mesh.world)
+        self.alarms = Alarms(config, vocabulary_of(data.tokenizer).size)
         self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         self.saved_step: int | None = None
@@ -84,29 +88,31 @@ class Trainer:
                 f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
                 f"checkpoint.resume=auto to go on from it."
             )
-        self._restore(checkpoint)
-
-    def _restore(self, checkpoint: Path) -> None:
-        """Goes back, or on, to a checkpoint: weights, moments, the data's place and what was counted."""
-        run = read_run(checkpoint)
-        check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
-        self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
-        self.store.load(checkpoint, self.engine.fragments())
-        self.engine.loaded(run["applied_steps"])
-        self.step = self.saved_step = run["step"]
-        self.skipped.total = run["skipped_steps"]
-        self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
+        run = self._restore(checkpoint)
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
         if changed := list(changes(run["config"], self.config.model_dump(mode="json"))):
             self._say(f"Changed since step {self.step}: {'; '.join(changed)}.")
+
+    def _restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Goes to a checkpoint: weights, moments, the data's place, and what was counted. Returns what it says."""
+        run = read_run(checkpoint)
+        check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
+        state = self.data.resumed(DataState.from_dict(run["data"]))
+        self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
+        self.store.load(checkpoint, self.engine.fragments())
+        self.engine.loaded(run["applied_steps"])
+        self.step = self.saved_step = run["step"]
+        self.health.restore(run["health"])
+        self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
+        return run
 
     def fit(self) -> None:
         """Trains until `training.steps`, saving, evaluating and reporting on the way.
 
         Raises:
             StoppedError: told to stop; the state is saved.
-            TrainingError: too many steps in a row were not finite.
+            TrainingError: too many steps were skipped, or the loss jumped after too many rollbacks.
             StorageError: the last checkpoint, or several in a row, could not be written.
             DataError: a shard cannot be read, or too many samples are bad.
         """
@@ -119,7 +125,10 @@ class Trainer:
             batches = self.data.batches(self.data_state)
             while self.step < training.steps:
                 clock = Clock()
-                self._train_step(self._next_step(batches, clock), clock)
+                problem = self._train_step(self._next_step(batches, clock), clock)
+                if problem and self._roll_back(problem):
+                    batches = self.data.batches(self.data_state)  # ends the workers of those before
+                    continue
                 last = self.step == training.steps
                 if self.step % checkpoint.every == 0 or last:
                     self._save(must=last)
@@ -164,17 +173,18 @@ class Trainer:
             raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
-    def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> None:
-        """One optimizer step and its report."""
+    def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> str | None:
+        """One optimizer step and its report. Returns why the run has to go back, if it has to."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
-        result = self.engine.step([batch.tensors for batch in micro_batches], rate)
+        limit = self.health.limit() if training.spikes == "skip" else math.inf
+        result = self.engine.step([batch.tensors for batch in micro_batches], rate, limit)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
         if self.negatives and (problem := self.negatives.missing(objectives["loss/contrastive"], micro_batches)):
-            self._say(f"step {self.step}: {problem}")
+            self._alarm(problem)
         temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
         if self.metrics:
@@ -189,15 +199,52 @@ class Trainer:
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
-                "health/skipped_steps": self.skipped.total + (not result.applied),
+                "health/skipped_steps": self.health.skipped_steps + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
             if self.step % training.log_every == 0 or self.step == training.steps:
                 self._say(self.metrics.line(self.step, values))
-        if said := self.skipped.watch(self.step, result.applied):
-            self._say(said)
+            for text in self.alarms.raised(self.step, values):
+                self._alarm(text)
+        verdict = self.health.judge(self.step, objectives["loss"], result.applied)
+        if verdict.said:
+            self._alarm(verdict.said)
+        return verdict.go_back
+
+    def _roll_back(self, problem: str) -> bool:
+        """Goes back to the newest checkpoint, and leaves out what was read since. False if there is none.
+
+        Raises:
+            TrainingError: the run went back too often.
+        """
+        checkpoint = self.store.newest_valid()  # older than this step, which saves after it is judged
+        if checkpoint is None:
+            if self.health.skips_too_many:
+                raise self.health.too_many_skipped()
+            self._alarm(f"{problem}; there is no checkpoint yet to go back to, so that training goes on.")
+            return False
+        most, before = self.config.training.max_rollbacks, len(self.data_state.left_out)
+        if before >= most:
+            raise TrainingError(
+                f"At step {self.step}, {problem}, and the run has gone back {counted(before, 'time')} already "
+                f"(training.max_rollbacks {most}): lower optimizer.learning_rate, look at the data behind "
+                f"{checkpoint}, or raise training.max_rollbacks, and start again."
+            )
+        step, behind = self.step, self.data_state
+        self._restore(checkpoint)
+        spans = [*self.data_state.left_out, self.data.span(self.data_state, behind)]
+        self.rollbacks.keep(spans)
+        self.data_state = self.data.leave_out(self.data_state, spans)
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = Metrics(self.config, self.step)
+        self._alarm(
+            f"{problem} at step {step}: back to {checkpoint}, rollback {before + 1} of {most}; the "
+            f"{(step - self.step) * self.config.training.global_batch:,} samples read since are left out."
+        )
+        return True
 
     def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
         """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
@@ -267,7 +314,7 @@ class Trainer:
         return {
             "data": self.data_state.to_dict(),
             "applied_steps": self.engine.applied_steps,
-            "skipped_steps": self.skipped.total,
+            "health": self.health.state(),
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
@@ -280,6 +327,11 @@ class Trainer:
             },
             "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
+
+    def _alarm(self, text: str) -> None:
+        self._say(f"step {self.step}: {text}")
+        if self.metrics:
+            self.metrics.alarm(self.step, text)
 
     def _say(self, text: str) -> None:
         if self.mesh.is_main:

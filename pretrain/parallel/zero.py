@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from pretrain.models.model import Model, Report
 from pretrain.optim import BoundedAdamW, build_optimizer
 from pretrain.parallel import first_pass
 from pretrain.parallel.engine import Fragment, StepResult, by_name, totals
+from pretrain.parallel.loss_limit import LossLimit
 from pretrain.parallel.mesh import TIMEOUT, Axis, Mesh, training_dtype
 from pretrain.parallel.tensor import Part, build_part
+from pretrain.parallel.unused import GradientWatch
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
 
@@ -74,24 +77,24 @@ class ZeroEngine:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints stages, and memory
             self.engine, self.optimizer, *_ = self._initialize(optimizer, settings, topology)
         self._prime_optimizer()
+        self.watch = GradientWatch(self.model, mesh.world) if config.training.debug else None
         self.applied_steps = 0
 
     def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology | None") -> Any:
         mpu = topology if self.mesh.tp.size > 1 else None
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
 
-    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.train()
         reports: list[Report] = []
+        limit = LossLimit(loss_limit, len(micro_batches), self.mesh.dp)
         # The first pass does not go through DeepSpeed's forward, which prepares a backward pass.
         for have, stand_ins in first_pass.prepare(self.model, micro_batches, self.mesh.dp, self._run_all):
             report = self.engine(have, stand_ins)
             reports.append(report.without_graph())
-            # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-            finite = torch.where(report.loss.isfinite(), 1.0, torch.nan)
-            self.engine.backward(report.loss * finite)
+            self.engine.backward(limit(report.loss))
             self.engine.step()
         if self.stage == 3:
             # Stage 3 keeps a parameter's last gradient, and applies it again in a step that gives it none.
@@ -99,6 +102,8 @@ class ZeroEngine:
         return self._result(reports)
 
     def _result(self, reports: Sequence[Report]) -> StepResult:
+        if self.watch:
+            self.watch.check()
         applied = bool(self.engine.was_step_applied())
         self.applied_steps += applied
         norm = float(self.engine.get_global_grad_norm())
