@@ -162,8 +162,21 @@ class TrainingConfig(Section):
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)
     """Steps between two evaluations on held-out data."""
-    max_skipped_steps: int = Field(default=10, ge=1)
-    """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+    max_skipped_steps: int = Field(default=10, ge=1, le=100)
+    """Steps of the last 100 that were skipped, because the loss or the gradient norm was not finite or by `spikes`, at
+    which the run stops, or with `spikes` rollback goes back."""
+    spikes: Literal["warn", "skip", "rollback"] = "warn"
+    """What happens where the loss jumps. warn: a line. skip: that step changes no weight. rollback: the run goes back
+    to its newest checkpoint, and leaves out all that it has read since."""
+    spike_threshold: float = Field(default=10.0, gt=0)
+    """How far above the median of earlier losses a loss is a spike, in standard deviations as the median absolute
+    deviation gives them; one is at least 1 % of the median."""
+    spike_window: int = Field(default=100, ge=10)
+    """Steps whose losses a loss is compared with; as many pass before the first comparison."""
+    max_rollbacks: int = Field(default=5, ge=1)
+    """Rollbacks in the whole run; at the next spike it stops."""
+    debug: bool = False
+    """Checks after each step that every trainable parameter had a gradient, and stops the run if one had none."""
 
 
 class CheckpointConfig(Section):

@@ -26,6 +26,7 @@ from pretrain.models.architectures import architecture_of
 from pretrain.models.layer import Flow
 from pretrain.models.towers import Vocabulary
 from pretrain.parallel.build import build_engine
+from pretrain.parallel.copies import Difference, differing_copies
 from pretrain.parallel.mesh import ALONE, Axis, Mesh, start_mesh, stop_mesh, training_dtype
 from pretrain.synthetic import made_up_batch
 
@@ -80,6 +81,7 @@ class Comparison:
     precision: str
     reference: Curve
     curves: Sequence[Curve]  # in the order of ranks
+    differing: Sequence[Difference] = ()  # what several ranks hold, and do not hold alike
 
     def differences(self) -> Iterator[tuple[float, int, int, str]]:
         """(relative difference, rank, step, quantity) of everything that was compared; not finite where that is."""
@@ -101,6 +103,13 @@ class Comparison:
     def problem(self, hosts: Sequence[str]) -> str | None:
         """The first difference that is too large, as a sentence."""
         excess = [found for found in self.differences() if found[0] > self.allowed(found[3])]
+        if not excess and self.differing:
+            others = f", and {more} more" if (more := len(self.differing) - 1) else ""
+            return (
+                f"{self.name}: {self.differing[0]} after {STEPS} steps{others}, where copies have to be the same to "
+                f"the last bit: {' and '.join(hosts[rank] for rank in self.differing[0].ranks)} get unequal results of "
+                f"one collective, or of one computation; run the doctor on one host at a time to find which is wrong."
+            )
         if not excess:
             return None
         difference, rank, step, name = min(excess, key=lambda found: (found[2], -found[0]))
@@ -126,8 +135,8 @@ def compare(config: Config, mesh: Mesh) -> list[Comparison]:
         comparisons.append(Comparison("rank alone", "fp32", alone[0], alone))
     in_bf16 = training_dtype(config.engine, mesh.device) == torch.bfloat16
     for precision in ("fp32", "bf16") if in_bf16 else ("fp32",):
-        curves = everyone(curve_of_layout(_with(copy, "engine", precision=precision), mesh))
-        comparisons.append(Comparison(precision, precision, alone[0], curves))
+        curve, differing = curve_of_layout(_with(copy, "engine", precision=precision), mesh)
+        comparisons.append(Comparison(precision, precision, alone[0], everyone(curve), differing))
     return comparisons
 
 
@@ -183,21 +192,22 @@ def curve_alone(config: Config, device: torch.device) -> Curve:
         config = _with(config, "training", accumulation=1)  # which is what it means
     vocabulary = _vocabulary(config)
     alone = EngineConfig(zero_stage=0, precision="fp32")
-    return _curve(config.model_copy(update={"engine": alone}), vocabulary, Mesh(device))
+    return _curve(config.model_copy(update={"engine": alone}), vocabulary, Mesh(device))[0]
 
 
-def curve_of_layout(config: Config, mesh: Mesh) -> Curve:
-    """The steps on the configured engine. All ranks call it together."""
+def curve_of_layout(config: Config, mesh: Mesh) -> tuple[Curve, list[Difference]]:
+    """The steps on the configured engine, and copies that differ after them. All ranks call it together."""
     return _curve(config, _vocabulary(config), mesh)
 
 
-def _curve(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Curve:
+def _curve(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> tuple[Curve, list[Difference]]:
     micro_batch = config.training.global_batch // config.training.accumulation // mesh.dp.size
     engine = build_engine(config, mesh, vocabulary=vocabulary, micro_batch_per_rank=micro_batch)
     results = [
         engine.step(made_up_steps(step, config, vocabulary, mesh.dp, mesh.device), RATE) for step in range(STEPS)
     ]
-    return [result.losses | {NORM: result.gradient_norm} for result in results]
+    curve = [result.losses | {NORM: result.gradient_norm} for result in results]
+    return curve, differing_copies(engine.fragments(), mesh.world)
 
 
 def measure_bandwidth(mesh: Mesh, dtype: torch.dtype) -> dict[str, list[float]]:

@@ -62,6 +62,7 @@ class Metrics:
         threading.excepthook = _without_boards
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
+            self._alarms = _open_at(self.folder / "alarms.jsonl", first_step)
             # Two runs to TensorBoard, so that curves of one name share a card.
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             self._heldout_board = SummaryWriter(self.folder / "tensorboard" / "heldout", purge_step=first_step + 1)
@@ -93,6 +94,12 @@ class Metrics:
                 _append(self._jsonl, b", " + scores.removeprefix(b"{"), instead_of=b"}\n")
         self._show(self._heldout_board, step, values)
 
+    def alarm(self, step: int, text: str) -> None:
+        """Shows a sentence that asks for a person's eye as a text card, and keeps it in alarms.jsonl."""
+        with self._surviving_a_full_disk():
+            self._board.add_text("alarms", text, step)
+            _append(self._alarms, to_json({"step": step, "alarm": text}).encode() + b"\n")
+
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
         lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
@@ -123,6 +130,7 @@ class Metrics:
     def close(self) -> None:
         with self._surviving_a_full_disk():
             self._jsonl.close()
+            self._alarms.close()
             self._board.close()
             self._heldout_board.close()
 

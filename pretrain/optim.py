@@ -1,7 +1,7 @@
 """AdamW with bounds, what decays, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,21 @@ from pretrain.config import ContrastiveConfig, OptimizerConfig
 
 
 class BoundedAdamW(torch.optim.AdamW):
-    """AdamW that holds a parameter group with `bounds` between them after each step.
+    """AdamW that holds a parameter group with `bounds` between them after each step, and copies equal.
 
-    The clamp acts on whatever tensors the group holds. Under ZeRO those are fp32 partitions, on the ranks that own
-    them; clamping the model's own parameter would have no effect there.
+    Both act on whatever tensors a group holds. Under ZeRO those are fp32 partitions, on the ranks that own them; doing
+    it to the model's own parameters would have no effect there.
     """
+
+    average: Callable[[Tensor], Tensor] | None = None
+    """In place, over the ranks that hold copies of the groups marked `copied`."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.average:
+            for group in self.param_groups:
+                for parameter in group["params"] if group["copied"] else ():
+                    self.average(parameter.grad)
         super().step(closure)
         for group in self.param_groups:
             if group["bounds"] is not None:
@@ -39,30 +46,27 @@ def build_optimizer(
     shapes: Mapping[str, Sequence[int]],
     config: OptimizerConfig,
     contrastive: ContrastiveConfig | None,
+    copied: Collection[str] | None = None,
 ) -> BoundedAdamW:
-    """AdamW over three groups: matrices, which decay; 1-D parameters, which do not; the temperature, bounded.
+    """AdamW over groups: matrices, which decay; 1-D parameters, which do not; the temperature, bounded.
 
     Args:
         named: parameters by canonical name, partitioned or not.
         shapes: each parameter's global shape (a partitioned parameter no longer knows its own).
+        copied: names of which other ranks hold copies that must stay equal; they are in groups of their own, so that
+            ZeRO cuts them alike whatever else a rank holds. None where there are no such ranks.
     """
-    decayed, plain, temperature = [], [], []
-    for name, parameter in named:
-        if name == "temperature.log_scale":
-            temperature.append(parameter)
-        else:
-            (decayed if len(shapes[name]) > 1 else plain).append(parameter)
     bounds = contrastive and (-math.log(contrastive.max_temperature), -math.log(contrastive.min_temperature))
-    return BoundedAdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay, "bounds": None},
-            {"params": plain, "weight_decay": 0.0, "bounds": None},
-            {"params": temperature, "weight_decay": 0.0, "bounds": bounds},
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-    )
+    kinds = [(config.weight_decay, None), (0.0, None), (0.0, bounds)]  # (weight decay, bounds)
+    groups = [
+        {"params": [], "weight_decay": decay, "bounds": limits, "copied": is_copied}
+        for is_copied in ((False,) if copied is None else (False, True))
+        for decay, limits in kinds
+    ]
+    for name, parameter in named:
+        kind = 2 if name == "temperature.log_scale" else 0 if len(shapes[name]) > 1 else 1
+        groups[kind + len(kinds) * (copied is not None and name in copied)]["params"].append(parameter)
+    return BoundedAdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

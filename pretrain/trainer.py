@@ -4,11 +4,11 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.order.mixture import DataState
@@ -16,15 +16,19 @@ from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
+from pretrain.alarms import Alarms, Negatives
 from pretrain.banner import banner, changes, facts
+from pretrain.batch_spec import vocabulary_of
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
+from pretrain.health import Health
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import Engine, StepResult
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
+from pretrain.rollback import Rollbacks
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.screen import say
 from pretrain.stopping import Interrupted, Stop
@@ -49,12 +53,14 @@ class Trainer:
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
+        self.health = Health(config.training)
+        self.rollbacks = Rollbacks(config.output, mesh.world)
+        self.alarms = Alarms(config, vocabulary_of(data.tokenizer).size)
         self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         self.saved_step: int | None = None
-        self.looked_for_negatives = self.lacks_negatives = False
+        contrastive = config.objectives.contrastive
+        self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
@@ -82,25 +88,31 @@ class Trainer:
                 f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
                 f"checkpoint.resume=auto to go on from it."
             )
-        run = read_run(checkpoint)
-        check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
-        self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
-        self.store.load(checkpoint, self.engine.fragments())
-        self.engine.loaded(run["applied_steps"])
-        self.step = self.saved_step = run["step"]
-        self.skipped_steps = run["skipped_steps"]
-        self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
+        run = self._restore(checkpoint)
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
         if changed := list(changes(run["config"], self.config.model_dump(mode="json"))):
             self._say(f"Changed since step {self.step}: {'; '.join(changed)}.")
+
+    def _restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Goes to a checkpoint: weights, moments, the data's place, and what was counted. Returns what it says."""
+        run = read_run(checkpoint)
+        check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
+        state = self.data.resumed(DataState.from_dict(run["data"]))
+        self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
+        self.store.load(checkpoint, self.engine.fragments())
+        self.engine.loaded(run["applied_steps"])
+        self.step = self.saved_step = run["step"]
+        self.health.restore(run["health"])
+        self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
+        return run
 
     def fit(self) -> None:
         """Trains until `training.steps`, saving, evaluating and reporting on the way.
 
         Raises:
             StoppedError: told to stop; the state is saved.
-            TrainingError: too many steps in a row were not finite.
+            TrainingError: too many steps were skipped, or the loss jumped after too many rollbacks.
             StorageError: the last checkpoint, or several in a row, could not be written.
             DataError: a shard cannot be read, or too many samples are bad.
         """
@@ -113,7 +125,10 @@ class Trainer:
             batches = self.data.batches(self.data_state)
             while self.step < training.steps:
                 clock = Clock()
-                self._train_step(self._next_step(batches, clock), clock)
+                problem = self._train_step(self._next_step(batches, clock), clock)
+                if problem and self._roll_back(problem):
+                    batches = self.data.batches(self.data_state)  # ends the workers of those before
+                    continue
                 last = self.step == training.steps
                 if self.step % checkpoint.every == 0 or last:
                     self._save(must=last)
@@ -158,20 +173,19 @@ class Trainer:
             raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
-    def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> None:
-        """One optimizer step and its report."""
+    def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> str | None:
+        """One optimizer step and its report. Returns why the run has to go back, if it has to."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
-        result = self.engine.step([batch.tensors for batch in micro_batches], rate)
+        limit = self.health.limit() if training.spikes == "skip" else math.inf
+        result = self.engine.step([batch.tensors for batch in micro_batches], rate, limit)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        contrasts = self.config.objectives.contrastive is not None
-        learnt_nothing = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
-        if contrasts and (learnt_nothing or not self.looked_for_negatives):
-            self._look_for_negatives(micro_batches)
-        temperature = {"temperature": self._temperature()} if contrasts else {}
+        if self.negatives and (problem := self.negatives.missing(objectives["loss/contrastive"], micro_batches)):
+            self._alarm(problem)
+        temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
         if self.metrics:
             values = {
@@ -185,14 +199,52 @@ class Trainer:
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
-                "health/skipped_steps": self.skipped_steps + (not result.applied),
+                "health/skipped_steps": self.health.skipped_steps + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
             if self.step % training.log_every == 0 or self.step == training.steps:
                 self._say(self.metrics.line(self.step, values))
-        self._watch_health(result)
+            for text in self.alarms.raised(self.step, values):
+                self._alarm(text)
+        verdict = self.health.judge(self.step, objectives["loss"], result.applied)
+        if verdict.said:
+            self._alarm(verdict.said)
+        return verdict.go_back
+
+    def _roll_back(self, problem: str) -> bool:
+        """Goes back to the newest checkpoint, and leaves out what was read since. False if there is none.
+
+        Raises:
+            TrainingError: the run went back too often.
+        """
+        checkpoint = self.store.newest_valid()  # older than this step, which saves after it is judged
+        if checkpoint is None:
+            if self.health.skips_too_many:
+                raise self.health.too_many_skipped()
+            self._alarm(f"{problem}; there is no checkpoint yet to go back to, so that training goes on.")
+            return False
+        most, before = self.config.training.max_rollbacks, len(self.data_state.left_out)
+        if before >= most:
+            raise TrainingError(
+                f"At step {self.step}, {problem}, and the run has gone back {counted(before, 'time')} already "
+                f"(training.max_rollbacks {most}): lower optimizer.learning_rate, look at the data behind "
+                f"{checkpoint}, or raise training.max_rollbacks, and start again."
+            )
+        step, behind = self.step, self.data_state
+        self._restore(checkpoint)
+        spans = [*self.data_state.left_out, self.data.span(self.data_state, behind)]
+        self.rollbacks.keep(spans)
+        self.data_state = self.data.leave_out(self.data_state, spans)
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = Metrics(self.config, self.step)
+        self._alarm(
+            f"{problem} at step {step}: back to {checkpoint}, rollback {before + 1} of {most}; the "
+            f"{(step - self.step) * self.config.training.global_batch:,} samples read since are left out."
+        )
+        return True
 
     def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
         """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
@@ -215,47 +267,6 @@ class Trainer:
     def _temperature(self) -> float:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
         return math.exp(-self.mesh.world.sum(here.to(self.mesh.device)).item())
-
-    def _watch_health(self, result: StepResult) -> None:
-        """Counts steps that were skipped, and ends a run that does nothing else."""
-        if result.applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self._say(
-            f"step {self.step} skipped: the loss or the gradient norm is not finite "
-            f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
-        )
-        limit = self.config.training.max_skipped_steps
-        if self.skipped_in_a_row >= limit:
-            raise TrainingError(
-                f"The last {self.skipped_in_a_row} steps, up to step {self.step}, had a loss or gradient norm that is "
-                f"not finite, and training.max_skipped_steps is {limit}: lower optimizer.learning_rate, and start "
-                f"again to go on from the checkpoints in {self.store.folder}."
-            )
-
-    def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
-        """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
-        names = ("image_ids", "caption_ids")
-        ids = [torch.stack([batch.tensors[name] for name in names]).cpu() for batch in micro_batches]
-        contrastive = self.config.objectives.contrastive
-        if contrastive and contrastive.negatives == "global_batch":
-            ids = [torch.cat(ids, dim=1)]
-        everyone = [torch.cat(parts, dim=1) for parts in zip(*self.mesh.dp.gather_objects(ids), strict=True)]
-        self.looked_for_negatives = True
-        self.lacks_negatives = not any(has_negatives(*parts) for parts in everyone)
-        if self.lacks_negatives:
-            samples = everyone[0].shape[1]
-            fix = (
-                "all of them share their image or their caption; look at them with `python -m data_pipelines inspect`"
-                if samples > 1
-                else "lower training.accumulation, or set objectives.contrastive.negatives=global_batch"
-            )
-            self._say(
-                f"step {self.step}: no contrastive negative is left where {samples} samples are compared, "
-                f"so that the contrastive objective teaches nothing: {fix}."
-            )
 
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
@@ -303,7 +314,7 @@ class Trainer:
         return {
             "data": self.data_state.to_dict(),
             "applied_steps": self.engine.applied_steps,
-            "skipped_steps": self.skipped_steps,
+            "health": self.health.state(),
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
@@ -317,12 +328,11 @@ class Trainer:
             "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
 
+    def _alarm(self, text: str) -> None:
+        self._say(f"step {self.step}: {text}")
+        if self.metrics:
+            self.metrics.alarm(self.step, text)
+
     def _say(self, text: str) -> None:
         if self.mesh.is_main:
             say(text)
-
-
-def has_negatives(image_ids: Tensor, caption_ids: Tensor) -> bool:
-    """Whether any two of G samples differ in both image and caption. (G,), (G,)."""
-    # If one differs from the first in its image alone and one in its caption alone, these two differ in both.
-    return bool((image_ids != image_ids[0]).any() and (caption_ids != caption_ids[0]).any())

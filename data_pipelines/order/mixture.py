@@ -91,6 +91,14 @@ class SourceIdentity(Section):
     window: int
 
 
+class LeftOut(Section):
+    """Grains of the run that it jumps over, from the first step that begins in them."""
+
+    start: int
+    stop: int
+    taken: dict[str, int]  # grains of each source before `stop`
+
+
 class DataState(Section):
     """All there is to know about the input's progress; equal on every rank, whatever the layout."""
 
@@ -100,6 +108,7 @@ class DataState(Section):
     grain: int  # samples of one
     sources: dict[str, SourceIdentity]  # in the order of `segment`
     segment: Segment
+    left_out: tuple[LeftOut, ...] = ()  # in the whole run, wherever it stands
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""

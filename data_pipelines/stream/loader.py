@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from data_pipelines.batch import BadSample, Batch
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.errors import DataError, SampleError, named
-from data_pipelines.order.mixture import DataState, Segment, SourceIdentity, integer_shares
+from data_pipelines.order.mixture import DataState, LeftOut, Segment, SourceIdentity, integer_shares
 from data_pipelines.order.order import Order
 from data_pipelines.randomness import Purpose, raw
 from data_pipelines.samples.assemble import Assembler, collate, draw_pair
@@ -102,7 +102,16 @@ class TrainingData:
     def advance(self, state: DataState) -> DataState:
         """The state one optimizer step later."""
         grains = state.grains + self._grains_per_step
-        return self._with_shares_of_its_step(state.model_copy(update={"step": state.step + 1, "grains": grains}))
+        return self._behind_what_is_left_out(state.model_copy(update={"step": state.step + 1, "grains": grains}))
+
+    def leave_out(self, state: DataState, spans: Sequence[LeftOut]) -> DataState:
+        """The same state in a run that leaves out these spans, and no others."""
+        return self._behind_what_is_left_out(state.model_copy(update={"left_out": tuple(spans)}))
+
+    def span(self, start: DataState, stop: DataState) -> LeftOut:
+        """What lies between two states."""
+        taken = dict(zip(stop.sources, stop.segment.taken_before(stop.grains), strict=True))
+        return LeftOut(start=start.grains, stop=stop.grains, taken=taken)
 
     def epochs(self, state: DataState) -> dict[str, float]:
         """How often each source has been read."""
@@ -140,6 +149,15 @@ class TrainingData:
             raise DataError(
                 f"At step {step:,} every source of data.train has the weight 0: give one of them more."
             ) from None
+
+    def _behind_what_is_left_out(self, state: DataState) -> DataState:
+        for span in sorted(state.left_out, key=lambda span: span.start):  # one may end where the next begins
+            if span.start <= state.grains < span.stop:
+                here = dict(zip(state.sources, state.segment.taken_before(state.grains), strict=True))
+                taken = tuple((here | span.taken)[name] for name in state.sources)
+                segment = Segment(self._seed, span.stop, taken, self._shares(state.step))
+                state = state.model_copy(update={"grains": span.stop, "segment": segment})
+        return self._with_shares_of_its_step(state)
 
     def _with_shares_of_its_step(self, state: DataState) -> DataState:
         shares = self._shares(state.step)

@@ -1,5 +1,6 @@
 """The Engine: what the trainer knows of the way a model is spread over devices."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +27,7 @@ class StepResult:
     gradient_norm: float
     """Before clipping, over all parameters and ranks."""
     applied: bool
-    """False: the loss or the norm was not finite, and no weight changed."""
+    """False: the loss or the norm was not finite, or the loss above its limit, and no weight changed."""
 
 
 def totals(architecture: Architecture, reports: Sequence[Report], mesh: Mesh) -> tuple[Tensor, Tensor]:
@@ -40,9 +41,10 @@ def totals(architecture: Architecture, reports: Sequence[Report], mesh: Mesh) ->
     objectives = len(architecture.objectives)
     figures = torch.zeros(objectives + len(architecture.metrics), device=mesh.device)
     counts = torch.zeros(objectives, 2, dtype=torch.int64, device=mesh.device)
-    for report in reports:
+    for report in reports if mesh.tp.rank == 0 else ():  # the others of a tp axis have the same
         figures, counts = figures + report.figures / len(reports), counts + report.counts
-    return mesh.dp.mean(mesh.pp.sum(figures)), mesh.dp.sum(mesh.pp.sum(counts))
+    # One sum over all ranks: those of several axes may differ in the last digit, and ranks decide by these figures.
+    return mesh.world.sum(figures) / mesh.dp.size, mesh.world.sum(counts)
 
 
 def by_name(
@@ -85,8 +87,14 @@ class Engine(Protocol):
 
     architecture: Architecture
 
-    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
-        """Forward, backward and update over one global batch; `micro_batches` are this rank's, one per micro-step."""
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
+        """Forward, backward and update over one global batch; no update if its loss is above `loss_limit`.
+
+        `micro_batches` are this rank's, one per micro-step.
+
+        Raises:
+            TrainingError: a trainable parameter had no gradient, with `training.debug`.
+        """
         ...
 
     def run(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:

@@ -42,7 +42,7 @@ class Axis:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the axis, on all of its ranks; in place."""
-        return self.sum(tensor).div_(self.size)
+        return tensor if self.group is None else self.sum(tensor).div_(self.size)
 
     def from_first(self, value: Any) -> Any:
         """What the first rank holds (any picklable value), on all of them."""

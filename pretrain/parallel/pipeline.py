@@ -11,6 +11,7 @@ from pretrain.config import Config
 from pretrain.models.layer import Call, Flow, Layer
 from pretrain.models.model import Model, Report, StandIns, report
 from pretrain.parallel import first_pass
+from pretrain.parallel.loss_limit import LossLimit
 from pretrain.parallel.mesh import Axis, Mesh, training_dtype
 from pretrain.parallel.message import Messages
 
@@ -27,10 +28,12 @@ class Stage(nn.Module):
         self.unused = nn.ParameterList()  # what an optimizer wants to have here, and no layer has
         self.reports: list[Report] = []  # of the last stage, one per micro-batch
         self._waiting: deque[tuple[Flow, StandIns]] = deque()
+        self._limit: LossLimit
 
-    def begin(self, micro_batches: Sequence[tuple[Flow, StandIns]]) -> None:
+    def begin(self, micro_batches: Sequence[tuple[Flow, StandIns]], limit: LossLimit) -> None:
         """The micro-batches that the coming calls are about, in their order."""
         assert not self._waiting, "each micro-batch runs once"
+        self._limit = limit
         self._waiting.extend(micro_batches)
         self.reports = []
 
@@ -43,8 +46,7 @@ class Stage(nn.Module):
             return self.pack(calls, have, flow)
         result = report(self.model.architecture, flow)
         self.reports.append(result.without_graph())
-        # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-        return result.loss * torch.where(result.loss.isfinite(), 1.0, torch.nan)
+        return self._limit(result.loss)
 
     def advance(self, calls: Sequence[Call], have: Flow, received: Tensor, stand_ins: StandIns | None = None) -> Flow:
         """The flow after this stage's layers."""
@@ -162,9 +164,9 @@ class Pipeline:
         """Of the micro-batches that ran; none on stages but the last."""
         return self.stage.reports
 
-    def begin(self, micro_batches: Sequence[Flow]) -> None:
+    def begin(self, micro_batches: Sequence[Flow], limit: LossLimit) -> None:
         """Before the micro-batches of an optimizer step run through the stages."""
-        self.stage.begin(first_pass.prepare(self.stage.model, micro_batches, self.dp, self.forward))
+        self.stage.begin(first_pass.prepare(self.stage.model, micro_batches, self.dp, self.forward), limit)
 
     @torch.no_grad()
     def forward(self, want: Collection[str], batches: Sequence[Flow]) -> list[Flow]:

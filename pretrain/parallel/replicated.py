@@ -1,5 +1,6 @@
 """ZeRO stage 0: data-parallel ranks hold the same, and gradients are averaged. Plain PyTorch, no DeepSpeed."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
@@ -13,9 +14,11 @@ from pretrain.models.model import Model, Report
 from pretrain.optim import build_optimizer
 from pretrain.parallel import first_pass
 from pretrain.parallel.engine import Fragment, StepResult, by_name, totals
+from pretrain.parallel.loss_limit import LossLimit
 from pretrain.parallel.mesh import Mesh, training_dtype
 from pretrain.parallel.pipeline import Pipeline
 from pretrain.parallel.tensor import Part, build_part
+from pretrain.parallel.unused import GradientWatch
 
 
 class ReplicatedEngine:
@@ -40,32 +43,44 @@ class ReplicatedEngine:
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: part.shape for name, part in self.parts.items()}
         self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
-        # One buffer behind all gradients: one collective a step instead of one a parameter.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.masters.values()), device=mesh.device)
-        parts = self.gradients.split([p.numel() for p in self.masters.values()])
-        for master, weight, part in zip(self.masters.values(), model.parameters(), parts, strict=True):
-            self.optimizer.prime(master)
-            master.grad = part.view_as(master)
-            weight.register_post_accumulate_grad_hook(partial(_hand_over, master.grad))
+        # One buffer behind all gradients: one collective a step instead of one a parameter. The ranks of a tp axis hold
+        # the same of what lies first.
+        weights = dict(model.named_parameters())
+        names = sorted(self.masters, key=lambda name: self.parts[name].is_cut)
+        sizes = [self.masters[name].numel() for name in names]
+        self.gradients = torch.zeros(sum(sizes), device=mesh.device)
+        self.copied = self.gradients[
+            : sum(m.numel() for name, m in self.masters.items() if not self.parts[name].is_cut)
+        ]
+        for name, part in zip(names, self.gradients.split(sizes), strict=True):
+            self.optimizer.prime(self.masters[name])
+            self.masters[name].grad = gradient = part.view_as(self.masters[name])
+            weights[name].register_post_accumulate_grad_hook(partial(_hand_over, gradient))
+        self.watch = GradientWatch(model, mesh.world) if config.training.debug else None
         self.applied_steps = 0
 
-    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
         self.model.train()
+        limit = LossLimit(loss_limit, len(micro_batches), self.mesh.dp)
         if self.pipeline:
-            self.pipeline.begin(micro_batches)
+            self.pipeline.begin(micro_batches, limit)
             self.pipeline.run(len(micro_batches))
             reports = self.pipeline.reports
         else:
             reports: list[Report] = []
             for have, stand_ins in first_pass.prepare(self.model, micro_batches, self.mesh.dp, self._run_all):
                 report = self.model(have, stand_ins)
-                (report.loss / len(micro_batches)).backward()
+                (limit(report.loss) / len(micro_batches)).backward()
                 reports.append(report.without_graph())
+        if self.watch:
+            self.watch.check()
         figures, counts = totals(self.architecture, reports, self.mesh)
 
         self.mesh.dp.mean(self.gradients)
+        # Sums of one gradient over two dp groups may differ in the last digit: copies would drift apart.
+        self.mesh.tp.mean(self.copied)
         norm = self._norm()
-        applied = bool(norm.isfinite()) and bool(figures.isfinite().all())
+        applied = bool(norm.isfinite())
         if applied:
             if self.clip > 0:
                 clip_grads_with_norm_(self.masters.values(), self.clip, norm)

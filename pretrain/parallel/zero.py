@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from pretrain.models.model import Model, Report
 from pretrain.optim import BoundedAdamW, build_optimizer
 from pretrain.parallel import first_pass
 from pretrain.parallel.engine import Fragment, StepResult, by_name, totals
+from pretrain.parallel.loss_limit import LossLimit
 from pretrain.parallel.mesh import TIMEOUT, Axis, Mesh, training_dtype
 from pretrain.parallel.tensor import Part, build_part
+from pretrain.parallel.unused import GradientWatch
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAdamW, which is AdamW
 
@@ -45,7 +48,8 @@ class ZeroEngine:
         self.stages = stages
         self.stage = config.engine.zero_stage
         settings = deepspeed_settings(config, mesh, micro_batch_per_rank)
-        topology = Topology(mesh)
+        # DeepSpeed would not look at it otherwise, and each of its groups costs a communicator.
+        topology = Topology(mesh) if self.stage == 3 or (mesh.tp.size > 1 and mesh.pp.size == 1) else None
         modules: dict[str, nn.Module] = {}
         self.parts: dict[str, Part] = {}
         for layer in stages[mesh.pp.rank]:
@@ -53,7 +57,7 @@ class ZeroEngine:
             self.parts |= parts
             # zero.Init would leave a layer that is already built in fp32, whatever its settings say.
             module = module.to(training_dtype(config.engine, mesh.device))
-            if self.stage == 3:  # without the group, zero.Init would partition over the whole world
+            if topology and self.stage == 3:  # without the group, zero.Init would partition over the whole world
                 deepspeed.zero.Init(module=module, data_parallel_group=topology.dp, config_dict_or_path=settings)
             modules[layer.name] = module
         self.model = Model(architecture, modules, config.engine.activation_checkpointing)
@@ -62,7 +66,10 @@ class ZeroEngine:
             {name: part.shape for name, part in self.parts.items()},
             config.optimizer,
             config.objectives.contrastive,
+            [name for name, part in self.parts.items() if not part.is_cut] if mesh.tp.size > 1 else None,
         )
+        # Sums of one gradient over two dp groups may differ in the last digit: copies would drift apart.
+        optimizer.average = mesh.tp.mean if mesh.tp.size > 1 else None
         deepspeed.utils.groups.mpu = None  # it would take an earlier engine's for this one's
         # DeepSpeed's declared types are wider than what it returns here.
         self.engine: Any
@@ -70,24 +77,24 @@ class ZeroEngine:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints stages, and memory
             self.engine, self.optimizer, *_ = self._initialize(optimizer, settings, topology)
         self._prime_optimizer()
+        self.watch = GradientWatch(self.model, mesh.world) if config.training.debug else None
         self.applied_steps = 0
 
-    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology") -> Any:
+    def _initialize(self, optimizer: BoundedAdamW, settings: dict[str, Any], topology: "Topology | None") -> Any:
         mpu = topology if self.mesh.tp.size > 1 else None
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
 
-    def step(self, micro_batches: Sequence[Flow], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Flow], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.train()
         reports: list[Report] = []
+        limit = LossLimit(loss_limit, len(micro_batches), self.mesh.dp)
         # The first pass does not go through DeepSpeed's forward, which prepares a backward pass.
         for have, stand_ins in first_pass.prepare(self.model, micro_batches, self.mesh.dp, self._run_all):
             report = self.engine(have, stand_ins)
             reports.append(report.without_graph())
-            # DeepSpeed skips a step by its gradient norm alone: a loss that is not finite must reach the norm.
-            finite = torch.where(report.loss.isfinite(), 1.0, torch.nan)
-            self.engine.backward(report.loss * finite)
+            self.engine.backward(limit(report.loss))
             self.engine.step()
         if self.stage == 3:
             # Stage 3 keeps a parameter's last gradient, and applies it again in a step that gives it none.
@@ -95,6 +102,8 @@ class ZeroEngine:
         return self._result(reports)
 
     def _result(self, reports: Sequence[Report]) -> StepResult:
+        if self.watch:
+            self.watch.check()
         applied = bool(self.engine.was_step_applied())
         self.applied_steps += applied
         norm = float(self.engine.get_global_grad_norm())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distributed.tiny import mesh_of, tiny_config
 from e2e.conftest import run
@@ -79,6 +80,30 @@ def test_what_the_layout_does_not_change_is_found_equal(two_ranks, changes):
         assert set(by_name) == {"rank alone", "fp32"} | ({"bf16"} if "engine__precision" in changes else set())
         assert by_name["fp32"] < 1e-5
         assert by_name.get("bf16", 1.0) > 1e-4  # it ran in bf16
+
+
+def compared_with_noise(mesh, config):
+    """One rank's sums are wrong in the last digit: far below what a loss may differ by."""
+    right = dist.all_reduce
+
+    def wrong(tensor, *arguments, **options):
+        work = right(tensor, *arguments, **options)
+        if tensor.is_floating_point() and mesh.world.rank == 1:
+            tensor *= 1 + 1e-6
+        return work
+
+    dist.all_reduce = wrong
+    try:
+        return [comparison.problem(["one", "two"]) for comparison in compare(config, mesh_of(mesh, config))]
+    finally:
+        dist.all_reduce = right
+
+
+def test_copies_that_drift_apart_are_told_before_a_loss_shows_it(two_ranks):
+    for alone, layout in two_ranks.run(compared_with_noise, tiny_config(engine__zero_stage=0)):
+        assert alone is None
+        assert re.match(r"fp32: \S+ of \S+ differs between ranks 0 and 1 after 3 steps, and \d+ more, where", layout)
+        assert "one and two get unequal results" in layout
 
 
 def bandwidth(mesh, config):
