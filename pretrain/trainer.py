@@ -20,9 +20,11 @@ from pretrain.alarms import Alarms, Negatives
 from pretrain.banner import banner, changes, facts
 from pretrain.batch_spec import vocabulary_of
 from pretrain.checkpoint.identity import check_same_run
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
+from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import Health
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
@@ -30,11 +32,10 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
 from pretrain.rollback import Rollbacks
 from pretrain.run_folder import keep_config, keep_tokenizer
+from pretrain.saving import Saving
 from pretrain.screen import say
 from pretrain.stopping import Interrupted, Stop
 from pretrain.validation import AbandonedError, validate
-
-MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
 
 
 class Trainer:
@@ -49,16 +50,22 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, config.checkpoint.keep)
+        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
+        self.store = CheckpointStore(
+            config.output / "checkpoints",
+            mesh.world,
+            keep,
+            node=mesh.node,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.saving = Saving(config.checkpoint, self.store)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
         self.health = Health(config.training)
         self.rollbacks = Rollbacks(config.output, mesh.world)
         self.alarms = Alarms(config, vocabulary_of(data.tokenizer).size)
-        self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
-        self.saved_step: int | None = None
         contrastive = config.objectives.contrastive
         self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
@@ -102,7 +109,7 @@ class Trainer:
         self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saved_step = run["step"]
+        self.step = self.saving.saved_step = run["step"]
         self.health.restore(run["health"])
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         return run
@@ -130,10 +137,14 @@ class Trainer:
                     batches = self.data.batches(self.data_state)  # ends the workers of those before
                     continue
                 last = self.step == training.steps
+                self.saving.settle()
                 if self.step % checkpoint.every == 0 or last:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
+        except TrainingError:  # on all ranks together
+            self.saving.settle(wait=True)
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -149,7 +160,7 @@ class Trainer:
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         keep_config(self.config.output, text, self.step)
         keep_tokenizer(self.config.output, self.config.data.tokenizer)
-        self.metrics = Metrics(self.config, self.step)
+        self.metrics = self.saving.metrics = Metrics(self.config, self.step)
         self.metrics.describe(text, facts(self.config, self.mesh, self.data, parameters))
 
     def _next_step(self, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
@@ -165,11 +176,13 @@ class Trainer:
                 micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
         except Interrupted:
             pass
-        if self.mesh.world.sum(torch.tensor(int(self.stop.requested), device=self.mesh.device)):
-            if self.step == 0:
-                raise Interrupted
-            if self.saved_step != self.step:
-                self._save(must=True)
+        wishes = torch.tensor([self.stop.requested, self.saving.is_time()], device=self.mesh.device).long()
+        stopping, saving = self.mesh.world.sum(wishes).tolist()
+        if stopping and self.step == 0:
+            raise Interrupted
+        if stopping or saving:
+            self._save(must=bool(stopping))
+        if stopping:
             raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
@@ -219,6 +232,7 @@ class Trainer:
         Raises:
             TrainingError: the run went back too often.
         """
+        self.saving.settle(wait=True)
         checkpoint = self.store.newest_valid()  # older than this step, which saves after it is judged
         if checkpoint is None:
             if self.health.skips_too_many:
@@ -239,7 +253,7 @@ class Trainer:
         self.data_state = self.data.leave_out(self.data_state, spans)
         if self.metrics:
             self.metrics.close()
-            self.metrics = Metrics(self.config, self.step)
+            self.metrics = self.saving.metrics = Metrics(self.config, self.step)
         self._alarm(
             f"{problem} at step {step}: back to {checkpoint}, rollback {before + 1} of {most}; the "
             f"{(step - self.step) * self.config.training.global_batch:,} samples read since are left out."
@@ -280,6 +294,7 @@ class Trainer:
             return
         values = self._by_objective(found.losses, found.counts) | found.retrieval
         self.metrics.heldout(self.step, values)
+        self.saving.rate(self.step, values)
         figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
         if found.retrieval:
             figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")
@@ -294,21 +309,7 @@ class Trainer:
         }
 
     def _save(self, must: bool) -> None:
-        """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
-        if self.metrics:
-            self.metrics.flush()
-        problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
-        if problem is None:
-            self.failed_saves, self.saved_step = 0, self.step
-            self._say(f"Saved step {self.step} in {self.store.folder}.")
-            return
-        self.failed_saves += 1
-        self._say(f"Could not save step {self.step}: {problem}. Earlier checkpoints are untouched.")
-        if must or self.failed_saves >= MAX_FAILED_SAVES:
-            raise StorageError(
-                f"Step {self.step} could not be saved in {self.store.folder} ({problem}): make space or mend the disk, "
-                f"and start again with the same command to go on from the newest checkpoint."
-            )
+        self.saving.save(self.step, self.engine.fragments(), self._run_state(), must)
 
     def _run_state(self) -> dict[str, Any]:
         return {
