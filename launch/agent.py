@@ -8,6 +8,8 @@ What differs from torch's own (2.13):
 * Ranks that make no progress (launch/watch.py) leave their stacks, are killed, and are started again.
 """
 
+# torch's own decorators lose the types of what is overridden here.
+# pyright: reportIncompatibleVariableOverride=false, reportCallIssue=false
 import contextlib
 import dataclasses
 import os
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
@@ -45,6 +47,16 @@ class Agent(LocalElasticAgent):
         self._saved_step, self._futile = -1, 0
         self._asked = 0.0
 
+    @property
+    def _several(self) -> bool:
+        """Whether there are other nodes."""
+        return (self._worker_group.group_world_size or 1) > 1
+
+    @property
+    def _words(self) -> Any:
+        """The store that all agents of this attempt share."""
+        return self._worker_group.store
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for path in (self._exit_code_file, Path(f"{self._exit_code_file}.said")):  # of the attempt before
             path.unlink(missing_ok=True)
@@ -56,29 +68,29 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         pids = {worker.global_rank: worker.id for worker in worker_group.workers}
-        if self._watch.look(pids) or self._another_node_hangs(worker_group):
-            self._end_hung(worker_group, pids)
-        first = self._kill_what_a_failure_leaves(worker_group)
+        if self._watch.look(pids) or self._another_node_hangs():
+            self._end_hung(pids)
+        first = self._kill_what_a_failure_leaves()
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
             causes = {rank: failure for rank, failure in result.failures.items() if rank in first} or result.failures
             result = dataclasses.replace(result, failures=causes)
-            self._decide(worker_group, {rank: failure.exitcode for rank, failure in causes.items()})
+            self._decide({rank: failure.exitcode for rank, failure in causes.items()})
         return result
 
-    def _end_hung(self, worker_group: WorkerGroup, pids: Mapping[int, int]) -> None:
+    def _end_hung(self, pids: Mapping[int, int]) -> None:
         """Keeps the stacks of ranks that make no progress, says who holds them up, and kills them."""
         self._watch.look(pids, at_once=True)
-        if several := worker_group.group_world_size > 1:
-            self._tell(worker_group, _HUNG_KEY, "1")
+        if self._several:
+            self._tell(_HUNG_KEY, "1")
         print(f"launch: {self._watch.report(pids)}", file=sys.stderr)
-        if several:
+        if self._several:
             time.sleep(_OTHERS_DUMP_S)
         self._exit_code_file.write_text(str(HUNG))
         for pid in pids.values():
             kill_session(pid)
 
-    def _kill_what_a_failure_leaves(self, worker_group: WorkerGroup) -> set[int]:
+    def _kill_what_a_failure_leaves(self) -> set[int]:
         """The ranks that failed by themselves, if any: the others wait for them in vain.
 
         After a code of the run's own they are left alone: they have heard it too, and clean up.
@@ -90,20 +102,19 @@ class Agent(LocalElasticAgent):
             for local, process in processes.items():
                 if local not in failed:
                     kill_session(process.pid)
-        return {worker_group.workers[local].global_rank for local in failed}
+        return {self._worker_group.workers[local].global_rank for local in failed}
 
-    def _decide(self, worker_group: WorkerGroup, exit_codes: Mapping[int, int]) -> None:
+    def _decide(self, exit_codes: Mapping[int, int]) -> None:
         """Whether ranks that failed are started again, which torch does while restarts remain."""
         code = read_exit_code(self._exit_code_file) or root_cause(exit_codes)
-        several = worker_group.group_world_size > 1
-        if several and code not in FINAL and (told := self._told(worker_group, _CODE_KEY)):
+        if self._several and code not in FINAL and (told := self._told(_CODE_KEY)):
             code = int(told)
             self._exit_code_file.write_text(told)
-        if several and code == STOPPED and worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
+        if self._several and code == STOPPED and self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
             return  # not told to stop by anybody: another node made room for one that joins
         if code in FINAL:
-            if several:
-                self._tell(worker_group, _CODE_KEY, str(code))
+            if self._several:
+                self._tell(_CODE_KEY, str(code))
             self._remaining_restarts = 0
         if not self._remaining_restarts:
             return
@@ -114,24 +125,24 @@ class Agent(LocalElasticAgent):
             print(f"launch: {MAX_FUTILE} restarts brought no new checkpoint: not started again", file=sys.stderr)
             self._remaining_restarts = 0
         else:
-            number = worker_group.spec.max_restarts - self._remaining_restarts + 1
-            print(f"launch: {why}; restart {number} of at most {worker_group.spec.max_restarts}", file=sys.stderr)
+            number = self._worker_group.spec.max_restarts - self._remaining_restarts + 1
+            print(f"launch: {why}; restart {number} of at most {self._worker_group.spec.max_restarts}", file=sys.stderr)
 
-    def _tell(self, worker_group: WorkerGroup, key: str, value: str) -> None:
+    def _tell(self, key: str, value: str) -> None:
         """Leaves a word for the other nodes' agents, if the node that keeps such words still answers."""
         with contextlib.suppress(Exception):
-            worker_group.store.set(key, value)
+            self._words.set(key, value)
 
-    def _another_node_hangs(self, worker_group: WorkerGroup) -> bool:
-        if worker_group.group_world_size == 1 or time.monotonic() - self._asked < _ASK_S:
+    def _another_node_hangs(self) -> bool:
+        if not self._several or time.monotonic() - self._asked < _ASK_S:
             return False
         self._asked = time.monotonic()
-        return bool(self._told(worker_group, _HUNG_KEY))
+        return bool(self._told(_HUNG_KEY))
 
-    def _told(self, worker_group: WorkerGroup, key: str) -> str:
+    def _told(self, key: str) -> str:
         with contextlib.suppress(Exception):
-            if worker_group.store.check([key]):
-                return worker_group.store.get(key).decode()
+            if self._words.check([key]):
+                return self._words.get(key).decode()
         return ""
 
 

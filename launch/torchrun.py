@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.run import (
     config_from_args,
     determine_local_world_size,
@@ -63,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
     for name in ("multiprocessing.api", "agent.server.api"):  # what they say of a failure, describe() says
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
 
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:  # on this node: heartbeats go there all the time
         exit_code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, f"{folder}/exit-code"))
         os.environ |= {HEARTBEATS: folder, STARTED: str(time.time())}
-        torch_launcher.LocalElasticAgent = Agent  # torch has no other way to name one
+        torch_launcher.LocalElasticAgent = Agent  # pyright: ignore (torch has no other way to name one)
         stop_once()
         try:
             run(arguments)

@@ -31,10 +31,6 @@ class Watch:
         """The step of the newest checkpoint that a rank here knows of; -1 if none does."""
         return max((heartbeat.saved_step for heartbeat in self._heard.values()), default=-1)
 
-    @property
-    def longest_silence_s(self) -> float:
-        return max(self._silent_s.values(), default=0.0)
-
     def look(self, ranks: Iterable[int], *, at_once: bool = False) -> bool:
         """Whether one of the ranks has been longer in its phase than it may."""
         now = time.monotonic()
@@ -80,7 +76,8 @@ class Watch:
             folder = Path(output_of(self._folder).read_text(encoding="utf-8")) / "stacks"
             folder.mkdir(exist_ok=True)
             for rank, heartbeat in heard.items():
-                head = f"rank {rank} (process {heartbeat.pid} on {host}): {heartbeat.place} for {self._silent_s[rank]:.0f} s"
+                silent_s = self._silent_s[rank]
+                head = f"rank {rank} (process {heartbeat.pid} on {host}): {heartbeat.place} for {silent_s:.0f} s"
                 text = stacks.get(rank) or f"no stacks: {_STATES.get(states[rank], 'it did not answer')}\n"
                 (folder / f"{now}-rank-{rank:05d}.txt").write_text(f"{head}\n\n{text}", encoding="utf-8")
         except OSError as error:

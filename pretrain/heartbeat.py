@@ -57,15 +57,22 @@ class Heart:
     the last hundred; fifteen times `hang_timeout_s` until it has been seen three times; never more than `most_s`.
     """
 
-    def __init__(self, hang_timeout_s: float, most_s: float, patience_s: float = 0.0) -> None:
-        """`most_s` lies below the process groups' own timeout; `patience_s` is how long data may be tried again."""
+    def __init__(self, output: Path, hang_timeout_s: float, most_s: float, patience_s: float = 0.0) -> None:
+        """Names itself to the launcher, if there is one.
+
+        Args:
+            output: the run's folder.
+            hang_timeout_s: how long any phase may take.
+            most_s: lies below the process groups' own timeout.
+            patience_s: how long data may be tried again.
+        """
         self._hang_timeout_s, self._most_s, self._patience_s = hang_timeout_s, most_s, patience_s
         self.saved_step = -1
         self._durations: dict[str, deque[float]] = {phase: deque(maxlen=100) for phase in PHASES}
-        self._seen = dict.fromkeys(PHASES, 0)
         self._beats, self._phase, self._since = 0, "", 0.0
         folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
         if folder and Path(folder).is_dir():
+            output_of(Path(folder)).write_text(str(output.absolute()), encoding="utf-8")
             self._stacks = stacks_of(Path(folder), rank).open("w")
             path = heartbeat_of(Path(folder), rank)
             path.write_bytes(bytes(_RECORD.size))
@@ -81,18 +88,17 @@ class Heart:
         now = time.monotonic()
         if self._phase:
             self._durations[self._phase].append(now - self._since)
-            self._seen[self._phase] += 1
         self._phase, self._since, self._beats = phase, now, self._beats + 1
         record = (self._beats, os.getpid(), PHASES.index(phase), step, self.saved_step, self.limit_s(phase))
         self._memory[:] = _RECORD.pack(*record)
 
     def limit_s(self, phase: str) -> float:
         """How long the phase may take."""
-        if self._seen[phase] < _SEEN:
+        if len(self._durations[phase]) < _SEEN:
             limit_s = _FIRST * self._hang_timeout_s
         else:
             limit_s = max(self._hang_timeout_s, 5 * max(self._durations[phase]))
-        if phase in ("data", "agree"):  # one rank fetches its data as long as its patience lasts, the others wait for it
+        if phase in ("data", "agree"):  # while one rank tries again for its data, the others wait for it
             limit_s += self._patience_s
         return min(limit_s, self._most_s)
 

@@ -21,7 +21,7 @@ class Orders:
 
     def __init__(self, stop: Stop, folder: Path | None = None, limit: tuple[float, float] | None = None) -> None:
         """`folder` and `limit`, the job's beginning and end, are the main rank's alone."""
-        self._stop, self._folder, self._limit = stop, folder, limit
+        self.stop, self._folder, self._limit = stop, folder, limit
         self.reason = "Told to stop"
         self._looked = self._last_border = time.monotonic()
         self._step_s: deque[float] = deque(maxlen=100)
@@ -37,13 +37,13 @@ class Orders:
         save = leave = False
         if self._folder is not None and now - self._looked >= _LOOK_S:
             self._looked = now
-            save, stop = self._found(self._folder / "SAVE"), self._found(self._folder / "STOP")
-            if stop:
+            save = self._found(self._folder / "SAVE")
+            if self._found(self._folder / "STOP"):
                 leave, self.reason = True, f"Told to stop by the file {self._folder / 'STOP'}"
         if self._limit and time.time() >= self._limit[1] - self.margin_s():
             leave = True
             self.reason = f"The job's time ends at {time.strftime('%F %T', time.localtime(self._limit[1]))}"
-        return int(save), int(leave or self._stop.requested)
+        return int(save), int(leave or self.stop.requested)
 
     def saved(self, took_s: float) -> None:
         """Says how long a save has taken."""

@@ -15,7 +15,8 @@ import torch
 from pretrain.parallel.mesh import Mesh
 
 FACTOR = 1.5  # beyond the median of the ranks that do the same work
-_LEAST_SHARE = 0.05  # of a step, by which a rank has to be slower: below it nobody notices
+_LEAST_SHARE = 0.2  # of a step, which it costs at least
+_LEAST_STEPS = 10  # over which the times are averaged
 _SIZE = 4096  # of the product: 0.14 TFLOP, a third of a millisecond on an H100
 _KINDS = ("data", "compute")
 
@@ -28,12 +29,15 @@ class Slowest:
     kind: str
     own_s: float
     median_s: float
-    lasting: bool
-    """The same one was beyond FACTOR at the last look too: no moment's noise."""
+    confirmed: bool
+    """It is beyond FACTOR for the second look in a row: no moment's noise, and not said yet."""
 
     @property
     def factor(self) -> float:
-        return self.own_s / self.median_s
+        return self.own_s / max(self.median_s, 1e-3)
+
+    def metrics(self) -> dict[str, float]:
+        return {"time/slowest_rank": self.rank, "time/slowest_over_median": self.factor}
 
     def __str__(self) -> str:
         what = "waits for its data" if self.kind == "data" else "computes"
@@ -50,7 +54,8 @@ class Stragglers:
     mesh: Mesh
     _sums: list[float] = field(default_factory=lambda: [0.0] * 3)
     _steps: int = 0
-    _before: tuple[int, str] | None = None
+    _suspect: tuple[int, str] | None = None
+    _looks: int = 0
     _busy_s: float = 0.0
 
     def begin(self) -> None:
@@ -64,23 +69,27 @@ class Stragglers:
         self._steps += 1
 
     def compare(self) -> Slowest | None:
-        """The slowest rank since the last call. All ranks call it together; None where nothing can be compared."""
+        """The slowest rank since the last answer. All ranks call it together; None where nothing can be compared."""
+        if self._steps < _LEAST_STEPS or self.mesh.world.size == self.mesh.pp.size:
+            return None
         data_s, compute_s, step_s = (total / self._steps for total in self._sums)
         self._sums, self._steps = [0.0] * 3, 0
         if self.mesh.device.type == "cuda":
             compute_s = _product_s(self.mesh.device)
         world, stages = self.mesh.world, self.mesh.pp.size
-        if world.size == stages:
-            return None
         times = torch.zeros(world.size, len(_KINDS), dtype=torch.float64)
         times[world.rank] = torch.tensor([data_s, compute_s])
         times = world.sum(times).view(stages, -1, len(_KINDS))  # a stage's ranks do the same work
-        median = times.median(dim=1, keepdim=True).values.clamp(min=_LEAST_SHARE * step_s)
-        rank, kind = divmod(int((times / median).argmax()), len(_KINDS))
-        own_s, median_s = times.view(-1, len(_KINDS))[rank, kind], median.expand_as(times).reshape(-1, 2)[rank, kind]
-        beyond = (rank, _KINDS[kind]) if own_s > FACTOR * median_s else None
-        lasting, self._before = beyond is not None and beyond == self._before, beyond
-        return Slowest(rank, _KINDS[kind], float(own_s), float(median_s), lasting)
+        if self.mesh.device.type == "cuda":  # the step is as long as the slowest GPU makes it
+            times[..., 1] *= step_s / times[..., 1].max()
+        medians = times.median(dim=1, keepdim=True).values.expand_as(times)
+        rank, kind = divmod(int((times - medians).argmax()), len(_KINDS))
+        own_s, median_s = (float(table.reshape(-1, len(_KINDS))[rank, kind]) for table in (times, medians))
+        slow = own_s > FACTOR * median_s and own_s - median_s > _LEAST_SHARE * step_s
+        suspect = (rank, _KINDS[kind]) if slow else None
+        self._looks = self._looks + 1 if suspect == self._suspect else 1
+        self._suspect = suspect
+        return Slowest(rank, _KINDS[kind], own_s, median_s, suspect is not None and self._looks == 2)
 
 
 def busy_s() -> float:
@@ -95,10 +104,10 @@ def busy_s() -> float:
 def _product_s(device: torch.device) -> float:
     matrix = torch.ones(_SIZE, _SIZE, dtype=torch.bfloat16, device=device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    matrix @ matrix  # the first one chooses a kernel
+    torch.mm(matrix, matrix)  # the first one chooses a kernel
     begin.record(torch.cuda.current_stream(device))
     for _ in range(4):
-        matrix @ matrix
+        torch.mm(matrix, matrix)
     end.record(torch.cuda.current_stream(device))
     end.synchronize()
     return begin.elapsed_time(end) / 1e3

@@ -1,6 +1,5 @@
 """When a job's time ends, as far as this process can know."""
 
-import os
 import subprocess
 import time
 from collections.abc import Mapping

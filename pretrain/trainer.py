@@ -2,6 +2,7 @@
 
 import math
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,16 @@ from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError
 from pretrain.health import SkippedSteps
+from pretrain.heartbeat import Heart
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
+from pretrain.orders import Orders
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.screen import say
-from pretrain.stopping import Interrupted, Stop
+from pretrain.stopping import Interrupted
+from pretrain.stragglers import Stragglers
 from pretrain.validation import AbandonedError, validate
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
@@ -39,10 +43,18 @@ class Trainer:
     """One run, from a fresh start or a checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None, stop: Stop
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        data: TrainingData,
+        heldout: HeldoutData | None,
+        orders: Orders,
+        heart: Heart,
     ) -> None:
         self.config = config
-        self.stop = stop
+        self.orders = orders
+        self.heart = heart
         self.mesh = mesh
         self.engine = engine
         self.data = data
@@ -57,6 +69,7 @@ class Trainer:
         self.saved_step: int | None = None
         contrastive = config.objectives.contrastive
         self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
+        self.stragglers = Stragglers(mesh)
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
@@ -93,7 +106,7 @@ class Trainer:
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saved_step = run["step"]
+        self.step = self.saved_step = self.heart.saved_step = run["step"]
         self.skipped.total = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
@@ -147,27 +160,33 @@ class Trainer:
         """This rank's micro-batches of the next step, once every rank has its own.
 
         Raises:
-            StoppedError: a rank was told to stop, be it while it waited for them; the state is saved.
+            StoppedError: the run was told to stop, be it while it waited for them; the state is saved.
             Interrupted: the same, before there was any.
         """
         micro_batches: list[Batch] = []
+        self.heart.beat("data", self.step)
         try:
-            with clock.waiting(), self.stop.interrupting():
+            with clock.waiting(), self.orders.stop.interrupting():
                 micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
         except Interrupted:
             pass
-        if self.mesh.world.sum(torch.tensor(int(self.stop.requested), device=self.mesh.device)):
-            if self.step == 0:
-                raise Interrupted
-            if self.saved_step != self.step:
-                self._save(must=True)
-            raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
+        self.heart.beat("agree", self.step)
+        save, leave = self.mesh.world.sum(torch.tensor(self.orders.pending(), device=self.mesh.device)).tolist()
+        if leave and self.step == 0:
+            raise Interrupted
+        if (save or leave) and self.saved_step != self.step:
+            self._save(must=bool(leave))
+        if leave:
+            reason = self.mesh.world.from_first(self.orders.reason)
+            raise StoppedError(f"{reason}: saved step {self.step}. The same command goes on from there.")
+        self.heart.beat("step", self.step)
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
     def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> None:
         """One optimizer step and its report."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
+        self.stragglers.begin()
         result = self.engine.step([batch.tensors for batch in micro_batches], rate)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
@@ -177,6 +196,9 @@ class Trainer:
             self._say(f"step {self.step}: {problem}")
         temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
+        self.stragglers.end(data_wait_share * step_s, step_s)
+        shown = self.step % training.log_every == 0 or self.step == training.steps
+        slowest = self.stragglers.compare() if shown else None
         if self.metrics:
             values = {
                 **objectives,
@@ -188,14 +210,17 @@ class Trainer:
                 "time/samples_per_s": training.global_batch / step_s,
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
+                **(slowest.metrics() if slowest else {}),
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
                 "health/skipped_steps": self.skipped.total + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
-            if self.step % training.log_every == 0 or self.step == training.steps:
+            if shown:
                 self._say(self.metrics.line(self.step, values))
+        if slowest and slowest.confirmed:
+            self._say(f"step {self.step}: {slowest}")
         if said := self.skipped.watch(self.step, result.applied):
             self._say(said)
 
@@ -224,7 +249,14 @@ class Trainer:
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
         try:
-            found = validate(self.engine, self.mesh, heldout, self.data.micro_batch_per_rank, self.stop)
+            found = validate(
+                self.engine,
+                self.mesh,
+                heldout,
+                self.data.micro_batch_per_rank,
+                self.orders.stop,
+                beat=lambda: self.heart.beat("evaluate", self.step),
+            )
         except AbandonedError as error:
             why = str(error) or "told to stop."
             self._say(f"The evaluation after step {self.step} was given up: {why}")
@@ -248,11 +280,14 @@ class Trainer:
 
     def _save(self, must: bool) -> None:
         """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
+        self.heart.beat("save", self.step)
+        begin = time.monotonic()
         if self.metrics:
             self.metrics.flush()
         problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
         if problem is None:
-            self.failed_saves, self.saved_step = 0, self.step
+            self.failed_saves, self.saved_step, self.heart.saved_step = 0, self.step, self.step
+            self.orders.saved(time.monotonic() - begin)
             self._say(f"Saved step {self.step} in {self.store.folder}.")
             return
         self.failed_saves += 1
