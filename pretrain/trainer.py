@@ -139,6 +139,7 @@ class Trainer:
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
         finally:
+            self.heart.beat("end", self.step)
             if self.metrics:
                 self.metrics.close()
 
