@@ -1,15 +1,8 @@
 """Ranks that fail are started again in place, as long as anything gets better by it."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 
-from e2e.conftest import metrics, ranks_of, run, start, survivors, wait_for_step
+from e2e.conftest import run
 
 SHORT = ("data.heldout=null", "checkpoint.every=2")
 

@@ -34,6 +34,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
         *("pretrain.alarms", "pretrain.health", "pretrain.heartbeat", "pretrain.orders", "pretrain.stragglers"),
     ),
+    "pretrain.elastic": ("pretrain.parallel.mesh", "pretrain.config", "pretrain.errors"),
     "pretrain.alarms": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines.batch"),
     "pretrain.health": ("pretrain.errors",),
     "pretrain.batch_spec": ("pretrain.models", "pretrain.config", "data_pipelines"),
