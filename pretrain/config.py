@@ -175,6 +175,13 @@ class TrainingConfig(Section):
     """Steps whose losses a loss is compared with; as many pass before the first comparison."""
     max_rollbacks: int = Field(default=5, ge=1)
     """Rollbacks in the whole run; at the next spike it stops."""
+    hang_timeout_s: float = Field(default=60, gt=0)
+    """How long a step, a save or a batch of an evaluation may take before the ranks count as hung, if five times the
+    slowest of the last hundred is less. Where data may be tried again, `data.patience_s` is added; the first three
+    have 15 times as long; nothing has longer than 18 minutes."""
+    time_limit_minutes: float | None = Field(default=None, gt=0)
+    """Minutes from the start, before which the run saves and leaves with exit code 85. Slurm's own limit is known
+    without."""
     debug: bool = False
     """Checks after each step that every trainable parameter had a gradient, and stops the run if one had none."""
 

@@ -1,7 +1,7 @@
 """When a run saves, what it says of it, and when it gives up."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pretrain.checkpoint.retention import add_score
@@ -18,9 +18,13 @@ MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothin
 class Saving:
     """One save at a time, written while training goes on. All ranks call each method together, but for `is_time`."""
 
-    def __init__(self, config: CheckpointConfig, store: CheckpointStore) -> None:
+    def __init__(
+        self, config: CheckpointConfig, store: CheckpointStore, on_saved: Callable[[int, float], None]
+    ) -> None:
+        """`on_saved` is told the step of each checkpoint, and how many seconds it took from its beginning."""
         self.config = config
         self.store = store
+        self.on_saved = on_saved
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.saved_step: int | None = None  # of the newest checkpoint
         self.failures = 0  # in a row
@@ -62,6 +66,7 @@ class Saving:
         match outcome:
             case Saved(step, write_s):
                 self.failures, self.saved_step = 0, step
+                self.on_saved(step, time.monotonic() - self._begun)
                 self._say(f"Saved step {step} in {self.store.folder}.")
                 if self.metrics:
                     self.metrics.checkpoint({"stall_s": self._stall_s, "write_s": write_s})

@@ -1,5 +1,6 @@
 """Training from beginning to end. Reads as the table of contents of the toolkit."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -8,13 +9,15 @@ from data_pipelines.errors import UserError, named
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from pretrain.batch_spec import batch_spec, vocabulary_of
-from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
-from pretrain.errors import ConfigError
+from pretrain.elastic import adapt
+from pretrain.heartbeat import Heart
+from pretrain.orders import Orders
 from pretrain.parallel.build import build_engine
-from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
+from pretrain.parallel.mesh import TIMEOUT, Mesh, start_mesh, stop_mesh
 from pretrain.run_folder import claim
 from pretrain.stopping import Stop
+from pretrain.time_limit import time_limit
 from pretrain.trainer import Trainer
 
 
@@ -26,9 +29,13 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         UserError: whatever else ends a run.
     """
     config = load_config(config_path, overrides)
+    most_s = 0.9 * TIMEOUT.total_seconds()
+    heart = Heart(config.output, config.training.hang_timeout_s, most_s, config.data.patience_s)
+    heart.beat("start", 0)
     with stop.interrupting():
         mesh = start_mesh(config.engine)
         lock = claim_folder(config, mesh)
+        config, elastic = adapt(config, mesh)
 
         data, heldout = open_data(config, mesh)
 
@@ -39,7 +46,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
-        trainer = Trainer(config, mesh, engine, data, heldout, stop)
+        trainer = Trainer(config, mesh, engine, data, heldout, open_orders(config, mesh, stop), heart, elastic)
         trainer.resume()
 
     trainer.fit()
@@ -62,14 +69,19 @@ def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
     return lock
 
 
+def open_orders(config: Config, mesh: Mesh, stop: Stop) -> Orders:
+    """What the run may be told from outside; files and the clock are the main process's."""
+    if not mesh.is_main:
+        return Orders(stop)
+    return Orders(stop, config.output, time_limit(config.training.time_limit_minutes, os.environ))
+
+
 def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | None]:
     """What the model reads of the training shards on this rank, and of the held-out ones, looked at once, if any.
 
     Raises:
         UserError: what is there cannot be used, or does not divide over the processes.
     """
-    if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world).has_begun()):
-        check_ranks(config, mesh)
     spec = batch_spec(config)
     data = TrainingData(
         spec,
@@ -84,18 +96,3 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         heldout = HeldoutData(spec)
     heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data, heldout
-
-
-def check_ranks(config: Config, mesh: Mesh) -> None:
-    """Refuses a number of processes that would need another batch or grain than a run has begun with."""
-    training, grain = config.training, config.data.grain
-    grains, rest = divmod(training.global_batch, training.accumulation * grain)
-    if rest or grains % mesh.dp.size == 0:
-        return
-    per_replica = mesh.world.size // mesh.dp.size
-    *some, last = [str(ranks * per_replica) for ranks in range(1, grains + 1) if grains % ranks == 0]
-    raise ConfigError(
-        f"The run in {config.output} has begun, and a step of it ({training.global_batch:,} samples / "
-        f"training.accumulation {training.accumulation} = {grains} grains of {grain}) does not divide over "
-        f"{mesh.world.size} processes: use {', '.join(some)}{' or ' if some else ''}{last} processes."
-    )

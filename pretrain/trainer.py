@@ -26,15 +26,18 @@ from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import Health
+from pretrain.heartbeat import Heart
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
+from pretrain.orders import Orders
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
 from pretrain.rollback import Rollbacks
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.saving import Saving
 from pretrain.screen import say
-from pretrain.stopping import Interrupted, Stop
+from pretrain.stopping import Interrupted
+from pretrain.stragglers import Stragglers
 from pretrain.validation import AbandonedError, validate
 
 
@@ -42,10 +45,20 @@ class Trainer:
     """One run, from a fresh start or a checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None, stop: Stop
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        data: TrainingData,
+        heldout: HeldoutData | None,
+        orders: Orders,
+        heart: Heart,
+        elastic: dict[str, int],
     ) -> None:
         self.config = config
-        self.stop = stop
+        self.orders = orders
+        self.heart = heart
+        self.elastic = elastic  # what the next start has to know, with another number of ranks
         self.mesh = mesh
         self.engine = engine
         self.data = data
@@ -58,7 +71,7 @@ class Trainer:
             node=mesh.node,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.saving = Saving(config.checkpoint, self.store)
+        self.saving = Saving(config.checkpoint, self.store, self._note_save)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
@@ -68,6 +81,7 @@ class Trainer:
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         contrastive = config.objectives.contrastive
         self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
+        self.stragglers = Stragglers(mesh)
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
@@ -109,7 +123,7 @@ class Trainer:
         self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saving.saved_step = run["step"]
+        self.step = self.saving.saved_step = self.heart.saved_step = run["step"]
         self.health.restore(run["health"])
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         return run
@@ -146,6 +160,7 @@ class Trainer:
             self.saving.settle(wait=True)
             raise
         finally:
+            self.heart.beat("end", self.step)
             if self.metrics:
                 self.metrics.close()
 
@@ -167,23 +182,28 @@ class Trainer:
         """This rank's micro-batches of the next step, once every rank has its own.
 
         Raises:
-            StoppedError: a rank was told to stop, be it while it waited for them; the state is saved.
+            StoppedError: the run was told to stop, be it while it waited for them; the state is saved.
             Interrupted: the same, before there was any.
         """
         micro_batches: list[Batch] = []
+        self.heart.beat("data", self.step)
         try:
-            with clock.waiting(), self.stop.interrupting():
+            with clock.waiting(), self.orders.stop.interrupting():
                 micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
         except Interrupted:
             pass
-        wishes = torch.tensor([self.stop.requested, self.saving.is_time()], device=self.mesh.device).long()
-        stopping, saving = self.mesh.world.sum(wishes).tolist()
-        if stopping and self.step == 0:
+        self.heart.beat("agree", self.step)
+        save, leave = self.orders.pending()
+        wishes = torch.tensor([save or self.saving.is_time(), leave], device=self.mesh.device).long()
+        saving, leaving = self.mesh.world.sum(wishes).tolist()
+        if leaving and self.step == 0:
             raise Interrupted
-        if stopping or saving:
-            self._save(must=bool(stopping))
-        if stopping:
-            raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
+        if saving or leaving:
+            self._save(must=bool(leaving))
+        if leaving:
+            reason = self.mesh.world.from_first(self.orders.reason)
+            raise StoppedError(f"{reason}: saved step {self.step}. The same command goes on from there.")
+        self.heart.beat("step", self.step)
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
     def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> str | None:
@@ -191,6 +211,7 @@ class Trainer:
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
         limit = self.health.limit() if training.spikes == "skip" else math.inf
+        self.stragglers.begin()
         result = self.engine.step([batch.tensors for batch in micro_batches], rate, limit)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
@@ -200,6 +221,9 @@ class Trainer:
             self._alarm(problem)
         temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
+        self.stragglers.end(data_wait_share * step_s, step_s)
+        shown = self.step % training.log_every == 0 or self.step == training.steps
+        slowest = self.stragglers.compare() if shown else None
         if self.metrics:
             values = {
                 **objectives,
@@ -211,14 +235,17 @@ class Trainer:
                 "time/samples_per_s": training.global_batch / step_s,
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
+                **(slowest.metrics() if slowest else {}),
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
                 "health/skipped_steps": self.health.skipped_steps + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
-            if self.step % training.log_every == 0 or self.step == training.steps:
+            if shown:
                 self._say(self.metrics.line(self.step, values))
+            if slowest and slowest.confirmed:
+                self._alarm(str(slowest))
             for text in self.alarms.raised(self.step, values):
                 self._alarm(text)
         verdict = self.health.judge(self.step, objectives["loss"], result.applied)
@@ -285,7 +312,14 @@ class Trainer:
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
         try:
-            found = validate(self.engine, self.mesh, heldout, self.data.micro_batch_per_rank, self.stop)
+            found = validate(
+                self.engine,
+                self.mesh,
+                heldout,
+                self.data.micro_batch_per_rank,
+                self.orders.stop,
+                beat=lambda: self.heart.beat("evaluate", self.step),
+            )
         except AbandonedError as error:
             why = str(error) or "told to stop."
             self._say(f"The evaluation after step {self.step} was given up: {why}")
@@ -309,11 +343,17 @@ class Trainer:
         }
 
     def _save(self, must: bool) -> None:
+        self.heart.beat("save", self.step)
         self.saving.save(self.step, self.engine.fragments(), self._run_state(), must)
+
+    def _note_save(self, step: int, took_s: float) -> None:
+        self.heart.saved_step = step
+        self.orders.saved(took_s)
 
     def _run_state(self) -> dict[str, Any]:
         return {
             "data": self.data_state.to_dict(),
+            "elastic": self.elastic,
             "applied_steps": self.engine.applied_steps,
             "health": self.health.state(),
             "bad_samples": self.bad_samples.num_bad,

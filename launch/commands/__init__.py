@@ -10,3 +10,8 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Read a count that may be 0."""
+    return 0 if text == "0" else positive(text)
