@@ -29,6 +29,12 @@ class LayoutError(UserError):
     exit_code = 7
 
 
+class FencedError(UserError):
+    """Another job has taken over the run's folder (exit code 8)."""
+
+    exit_code = 8
+
+
 class StoppedError(UserError):
     """Told to stop, and saved what there was: the same command goes on from there (exit code 85)."""
 
