@@ -4,11 +4,11 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.order.mixture import DataState
@@ -16,14 +16,16 @@ from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
+from pretrain.alarms import Negatives
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
+from pretrain.errors import CheckpointError, StoppedError, StorageError
+from pretrain.health import SkippedSteps
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import Engine, StepResult
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.screen import say
@@ -49,12 +51,12 @@ class Trainer:
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
+        self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         self.saved_step: int | None = None
-        self.looked_for_negatives = self.lacks_negatives = False
+        contrastive = config.objectives.contrastive
+        self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
@@ -82,13 +84,17 @@ class Trainer:
                 f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
                 f"checkpoint.resume=auto to go on from it."
             )
+        self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Goes back, or on, to a checkpoint: weights, moments, the data's place and what was counted."""
         run = read_run(checkpoint)
         check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
         self.step = self.saved_step = run["step"]
-        self.skipped_steps = run["skipped_steps"]
+        self.skipped.total = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
@@ -167,11 +173,9 @@ class Trainer:
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        contrasts = self.config.objectives.contrastive is not None
-        learnt_nothing = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
-        if contrasts and (learnt_nothing or not self.looked_for_negatives):
-            self._look_for_negatives(micro_batches)
-        temperature = {"temperature": self._temperature()} if contrasts else {}
+        if self.negatives and (problem := self.negatives.missing(objectives["loss/contrastive"], micro_batches)):
+            self._say(f"step {self.step}: {problem}")
+        temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
         if self.metrics:
             values = {
@@ -185,14 +189,15 @@ class Trainer:
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
-                "health/skipped_steps": self.skipped_steps + (not result.applied),
+                "health/skipped_steps": self.skipped.total + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
             if self.step % training.log_every == 0 or self.step == training.steps:
                 self._say(self.metrics.line(self.step, values))
-        self._watch_health(result)
+        if said := self.skipped.watch(self.step, result.applied):
+            self._say(said)
 
     def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
         """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
@@ -215,47 +220,6 @@ class Trainer:
     def _temperature(self) -> float:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
         return math.exp(-self.mesh.world.sum(here.to(self.mesh.device)).item())
-
-    def _watch_health(self, result: StepResult) -> None:
-        """Counts steps that were skipped, and ends a run that does nothing else."""
-        if result.applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self._say(
-            f"step {self.step} skipped: the loss or the gradient norm is not finite "
-            f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
-        )
-        limit = self.config.training.max_skipped_steps
-        if self.skipped_in_a_row >= limit:
-            raise TrainingError(
-                f"The last {self.skipped_in_a_row} steps, up to step {self.step}, had a loss or gradient norm that is "
-                f"not finite, and training.max_skipped_steps is {limit}: lower optimizer.learning_rate, and start "
-                f"again to go on from the checkpoints in {self.store.folder}."
-            )
-
-    def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
-        """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
-        names = ("image_ids", "caption_ids")
-        ids = [torch.stack([batch.tensors[name] for name in names]).cpu() for batch in micro_batches]
-        contrastive = self.config.objectives.contrastive
-        if contrastive and contrastive.negatives == "global_batch":
-            ids = [torch.cat(ids, dim=1)]
-        everyone = [torch.cat(parts, dim=1) for parts in zip(*self.mesh.dp.gather_objects(ids), strict=True)]
-        self.looked_for_negatives = True
-        self.lacks_negatives = not any(has_negatives(*parts) for parts in everyone)
-        if self.lacks_negatives:
-            samples = everyone[0].shape[1]
-            fix = (
-                "all of them share their image or their caption; look at them with `python -m data_pipelines inspect`"
-                if samples > 1
-                else "lower training.accumulation, or set objectives.contrastive.negatives=global_batch"
-            )
-            self._say(
-                f"step {self.step}: no contrastive negative is left where {samples} samples are compared, "
-                f"so that the contrastive objective teaches nothing: {fix}."
-            )
 
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
@@ -303,7 +267,7 @@ class Trainer:
         return {
             "data": self.data_state.to_dict(),
             "applied_steps": self.engine.applied_steps,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.skipped.total,
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
@@ -320,9 +284,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.mesh.is_main:
             say(text)
-
-
-def has_negatives(image_ids: Tensor, caption_ids: Tensor) -> bool:
-    """Whether any two of G samples differ in both image and caption. (G,), (G,)."""
-    # If one differs from the first in its image alone and one in its caption alone, these two differ in both.
-    return bool((image_ids != image_ids[0]).any() and (caption_ids != caption_ids[0]).any())

@@ -30,7 +30,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.checkpoint", "pretrain.metrics", "pretrain.validation", "pretrain.banner", "pretrain.run_folder"),
         *("pretrain.optim", "pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
+        *("pretrain.alarms", "pretrain.health"),
     ),
+    "pretrain.alarms": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines.batch"),
+    "pretrain.health": ("pretrain.errors",),
     "pretrain.batch_spec": ("pretrain.models", "pretrain.config", "data_pipelines"),
     "pretrain.validation": (
         *("pretrain.models", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
