@@ -61,7 +61,8 @@ class Lease:
         self._lost: str | None = None
         self._renewed_at = self._sign_of_life_at = time.monotonic()
         self._over = threading.Event()
-        threading.Thread(target=self._keep_renewing, name="lease", daemon=True).start()
+        self._renewer = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+        self._renewer.start()
 
     def lost(self) -> str | None:
         """Looks whether this job still owns the folder: None, or a sentence that says why not.
@@ -239,7 +240,7 @@ def _machine() -> str | None:
     """What processes have in common that see each other in /proc: the boot, and the namespace of their ids."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from data_pipelines.errors import UserError, named
 from data_pipelines.stream.heldout import HeldoutData
@@ -11,9 +10,9 @@ from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError
+from pretrain.lease import Lease, take
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
-from pretrain.run_folder import claim
 from pretrain.stopping import Stop
 from pretrain.trainer import Trainer
 
@@ -28,8 +27,18 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
     config = load_config(config_path, overrides)
     with stop.interrupting():
         mesh = start_mesh(config.engine)
-        lock = claim_folder(config, mesh)
+        lease = claim_folder(config, mesh)
+    try:
+        run(config, mesh, lease, stop)
+    finally:
+        if lease:
+            lease.release()
+    stop_mesh()
 
+
+def run(config: Config, mesh: Mesh, lease: Lease | None, stop: Stop) -> None:
+    """The run, in a folder that this job owns; `lease` is the main process's."""
+    with stop.interrupting():
         data, heldout = open_data(config, mesh)
 
         engine = build_engine(
@@ -39,27 +48,23 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
-        trainer = Trainer(config, mesh, engine, data, heldout, stop)
+        trainer = Trainer(config, mesh, engine, data, heldout, stop, lease)
         trainer.resume()
 
     trainer.fit()
 
-    stop_mesh()
-    if lock:
-        lock.close()
 
-
-def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
-    """Locks the run's folder, on the main process; on all of them, refuses a folder that another job uses."""
-    lock = problem = None
+def claim_folder(config: Config, mesh: Mesh) -> Lease | None:
+    """Takes the run's folder, on the main process; on all of them, refuses a folder that another job uses."""
+    lease = problem = None
     if mesh.is_main:
         try:
-            lock = claim(config.output)
+            lease = take(config.output)
         except UserError as error:
             problem = error
     if problem := mesh.world.from_first(problem):
         raise problem
-    return lock
+    return lease
 
 
 def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | None]:

@@ -23,6 +23,7 @@ from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError
 from pretrain.health import SkippedSteps
+from pretrain.lease import Lease
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import Engine
@@ -39,15 +40,24 @@ class Trainer:
     """One run, from a fresh start or a checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None, stop: Stop
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        data: TrainingData,
+        heldout: HeldoutData | None,
+        stop: Stop,
+        lease: Lease | None,
     ) -> None:
         self.config = config
+        self.lease = lease  # on the main process
         self.stop = stop
         self.mesh = mesh
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, config.checkpoint.keep)
+        still_owner = lease.lost if lease else lambda: None
+        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, config.checkpoint.keep, still_owner)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
@@ -133,14 +143,15 @@ class Trainer:
         """Says what will be done, and keeps what the run's folder has to hold."""
         here = sum(f.tensors["master"].numel() for f in self.engine.fragments() if f.saved_here)
         parameters = int(self.mesh.world.sum(torch.tensor(here, device=self.mesh.device)))
-        if not self.mesh.is_main:
+        if not self.lease:
             return
+        self.lease.check()
         for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step):
             say(line)
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         keep_config(self.config.output, text, self.step)
         keep_tokenizer(self.config.output, self.config.data.tokenizer)
-        self.metrics = Metrics(self.config, self.step)
+        self.metrics = Metrics(self.config, self.step, self.lease)
         self.metrics.describe(text, facts(self.config, self.mesh, self.data, parameters))
 
     def _next_step(self, batches: Iterator[Batch], clock: Clock) -> list[Batch]:

@@ -24,12 +24,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.fragments import Written, merge_index, read_fragments, write_fragments
-from pretrain.errors import CheckpointError, StorageError
+from pretrain.errors import CheckpointError, FencedError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import Axis
 from pretrain.screen import say
@@ -46,8 +46,19 @@ def _name(step: int) -> str:
 class CheckpointStore:
     """The checkpoints of one run. All ranks of `world` call each method together."""
 
-    def __init__(self, folder: Path, world: Axis, keep: int) -> None:
+    def __init__(
+        self, folder: Path, world: Axis, keep: int, still_owner: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """
+        Args:
+            folder: where they lie.
+            world: all ranks.
+            keep: how many of the newest stay.
+            still_owner: asked on the main rank before anything is committed, moved or deleted: None, or a sentence that
+                says why this job may not; then every rank raises `FencedError`.
+        """
         self.folder = folder
+        self.still_owner = still_owner
         self.world = world
         self.is_main = world.rank == 0
         self.keep = keep
@@ -74,13 +85,20 @@ class CheckpointStore:
         except OSError as error:
             written, problem = None, _in_words(error)
         answers = self.world.gather_objects((written, problem))
+        fenced = None
         if self.is_main:
             problem = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why), None)
-            if problem is None:
-                problem = self._commit(temporary, step, [part for part, _ in answers if part], run)
-            if problem is not None:
+            try:
+                if problem is None:
+                    problem = self._commit(temporary, step, [part for part, _ in answers if part], run)
+            except FencedError as error:
+                fenced = error
+            if problem is not None or fenced:
                 shutil.rmtree(temporary, ignore_errors=True)
-        return self.world.from_first(problem)
+        problem, fenced = self.world.from_first((problem, fenced))
+        if fenced:
+            raise fenced
+        return problem
 
     def has_begun(self) -> bool:
         """Whether the run has saved before."""
@@ -113,6 +131,7 @@ class CheckpointStore:
             problems.append(f"{name}: {problem}")
             if self.is_main and quarantine:
                 try:
+                    self._check_owner()
                     self._quarantine(name, f"is not whole ({problem})")
                 except OSError as error:
                     raise StorageError(
@@ -142,6 +161,7 @@ class CheckpointStore:
         """Removes what an interrupted save left behind, and names what is no checkpoint of this run."""
         if not (self.is_main and self.folder.is_dir()):
             return
+        self._check_owner()
         for leftover in self.folder.iterdir():
             if _IN_FLIGHT.fullmatch(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -175,6 +195,7 @@ class CheckpointStore:
             _write_durably(temporary / "MANIFEST.json", text)
             _write_durably(temporary / "COMMIT", hashlib.sha256(text.encode()).hexdigest())
             _fsync_folder(temporary)
+            self._check_owner()
             if final.exists():  # a copy of another step under this one's name
                 self._quarantine(final.name, f"is of another step than {step}, which is saved under this name")
             temporary.rename(final)
@@ -183,10 +204,15 @@ class CheckpointStore:
             return _in_words(error)
         with contextlib.suppress(OSError):  # it is there already; the hint may be old
             _write_durably(self.folder / "LATEST", final.name)
+        self._check_owner()
         older = [saved for saved in self._contents()[0] if saved < step]
         for saved in older[: len(older) + 1 - self.keep]:
             shutil.rmtree(self.folder / _name(saved), ignore_errors=True)
         return None
+
+    def _check_owner(self) -> None:
+        if why := self.still_owner():
+            raise FencedError(why)
 
     def _verify(self, checkpoint: Path) -> str | None:
         """Why a checkpoint is not whole, or None. Each rank hashes its share of the files."""

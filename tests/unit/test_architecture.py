@@ -28,6 +28,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.doctor": ENTRY,
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
         *("pretrain.checkpoint", "pretrain.metrics", "pretrain.validation", "pretrain.banner", "pretrain.run_folder"),
+        "pretrain.lease",
         *("pretrain.optim", "pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
         *("pretrain.alarms", "pretrain.health"),
@@ -40,18 +41,17 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.figures", "pretrain.stopping", "data_pipelines"),
     ),
     "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
+    "pretrain.lease": ("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
     "pretrain.metrics": (
         "pretrain.config",
+        "pretrain.lease",
         "pretrain.screen",
         "data_pipelines.batch",
         "data_pipelines.errors",
         "data_pipelines.text",
     ),
     "pretrain.retrieval": (),
-    "pretrain.run_folder": (
-        *("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
-        *("data_pipelines.shards.manifest", "data_pipelines.text"),
-    ),
+    "pretrain.run_folder": ("pretrain.screen", "data_pipelines.errors", "data_pipelines.shards.manifest"),
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
