@@ -31,11 +31,19 @@ def facts(config: Config, mesh: Mesh, data: TrainingData, parameters: int) -> di
 
 
 def banner(
-    config: Config, mesh: Mesh, data: TrainingData, heldout: HeldoutData | None, parameters: int, step: int
+    config: Config,
+    mesh: Mesh,
+    data: TrainingData,
+    heldout: HeldoutData | None,
+    parameters: int,
+    step: int,
+    origin: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """The lines that a run begins with: what is trained, on what, how long, and what may surprise."""
     about = facts(config, mesh, data, parameters)
     begin = f"resumed at step {step}" if step else "a fresh run"
+    if origin:
+        begin += f", begun with the weights of {origin['path']}"
     ranks = f"{counted(mesh.world.size, 'rank')} ({mesh.device.type}"
     layout = f"data x tensor x pipeline parallel {about['data x tensor x pipeline parallel']}"
     yield (

@@ -1,7 +1,10 @@
 """Training from beginning to end. Reads as the table of contents of the toolkit."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from data_pipelines.errors import UserError, named
 from data_pipelines.stream.heldout import HeldoutData
@@ -25,6 +28,8 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         UserError: whatever else ends a run.
     """
     config = load_config(config_path, overrides)
+    if config.training.deterministic:
+        take_deterministic_kernels()
     with stop.interrupting():
         mesh = start_mesh(config.engine)
         lease = claim_folder(config, mesh)
@@ -52,6 +57,14 @@ def run(config: Config, mesh: Mesh, lease: Lease | None, stop: Stop) -> None:
         trainer.resume()
 
     trainer.fit()
+
+
+def take_deterministic_kernels() -> None:
+    """To be called before the first kernel runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, by CUDA's documentation
+    torch.use_deterministic_algorithms(True)
+    # Filled with NaN by default, which from DeepSpeed's padding would reach the gradient norm.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def claim_folder(config: Config, mesh: Mesh) -> Lease | None:

@@ -20,6 +20,7 @@ from pretrain.alarms import Negatives
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.transfer import start_from
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, StorageError
 from pretrain.health import SkippedSteps
@@ -65,6 +66,7 @@ class Trainer:
         self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
         self.saved_step: int | None = None
+        self.origin: dict[str, Any] | None = None  # of the initial weights, where another run made them
         contrastive = config.objectives.contrastive
         self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
@@ -88,6 +90,11 @@ class Trainer:
                     f"checkpoint.resume is must, and {self.store.folder} holds no checkpoint: check the output folder, "
                     f"or set checkpoint.resume=auto to start afresh."
                 )
+            if self.config.init_from:
+                fingerprint = self.data.tokenizer.fingerprint
+                self.origin, said = start_from(self.config.init_from, self.engine, self.mesh.world, fingerprint)
+                for line in said:
+                    self._say(line)
             return
         if mode == "never":
             raise CheckpointError(
@@ -104,6 +111,7 @@ class Trainer:
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
         self.step = self.saved_step = run["step"]
+        self.origin = run.get("init_from")
         self.skipped.total = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
@@ -146,7 +154,7 @@ class Trainer:
         if not self.lease:
             return
         self.lease.check()
-        for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step):
+        for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step, self.origin):
             say(line)
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         keep_config(self.config.output, text, self.step)
@@ -282,6 +290,7 @@ class Trainer:
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
+            "init_from": self.origin,
             "tokenizer": self.data.tokenizer.fingerprint,
             "layout": {
                 "dp": self.mesh.dp.size,

@@ -60,6 +60,12 @@ def merge_index(written: Iterable[Written]) -> dict[str, Any]:
     return index
 
 
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a checkpoint."""
+    index = json.loads((folder / "index.json").read_text())
+    return {name: tuple(entry["shape"]) for name, entry in index.items()}
+
+
 def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
     """Fills the fragments' views from a checkpoint that any layout wrote.
 

@@ -54,7 +54,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.run_folder": ("pretrain.screen", "data_pipelines.errors", "data_pipelines.shards.manifest"),
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
-        *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
+        *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.parallel.tensor"),
         *("pretrain.screen", "pretrain.config", "pretrain.errors"),
     ),
     "pretrain.figures": (
