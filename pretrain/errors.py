@@ -30,7 +30,7 @@ class LayoutError(UserError):
 
 
 class FencedError(UserError):
-    """Another job has taken over the run's folder (exit code 8)."""
+    """Another job owns the run's folder now, and this one may change nothing in it (exit code 8)."""
 
     exit_code = 8
 

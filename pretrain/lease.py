@@ -67,8 +67,7 @@ class Lease:
     def lost(self) -> str | None:
         """Looks whether this job still owns the folder: None, or a sentence that says why not.
 
-        Raises:
-            OSError: the folder cannot be read now.
+        None too where the folder cannot be read now: whoever writes there meets the same error.
         """
         self._sign_of_life_at = time.monotonic()
         return self._renew()
@@ -78,7 +77,6 @@ class Lease:
 
         Raises:
             FencedError: another job owns the folder.
-            OSError: as of `lost`.
         """
         self._sign_of_life_at = now = time.monotonic()
         if (self._lost or now - self._renewed_at > 2 * RENEW_S) and (why := self._renew()):
@@ -87,34 +85,37 @@ class Lease:
     def release(self) -> None:
         """Says that this job has ended; the next one need not wait."""
         self._over.set()
+        if self.lost():
+            return
         with suppress(OSError):
-            if not self.lost():
-                path = _path(self.folder, self.number)
-                ended = path.with_suffix(".tmp")
-                ended.write_text(json.dumps(_this_job() | {"ended": _now()}), encoding="utf-8")
-                ended.replace(path)
+            path = _path(self.folder, self.number)
+            ended = path.with_suffix(".tmp")
+            ended.write_text(json.dumps(_this_job() | {"ended": _now()}), encoding="utf-8")
+            ended.replace(path)
 
     def _renew(self) -> str | None:
         begun_at = time.monotonic()
-        if self._lost is None:
+        if self._lost:
+            return self._lost
+        try:
             with suppress(FileNotFoundError):  # removed by a new owner
                 # Goes to the server of a network file system, which listing a folder need not.
                 os.utime(_path(self.folder, self.number))
             newest = _newest(self.folder)
-            if newest is None or newest.number != self.number:
-                self._lost = (
-                    f"The run's folder {self.folder} is now in use {newest.who() if newest else 'by another job'}, "
-                    f"which took it over from this one: this job ends, and leaves alone what is there."
-                )
-            else:
-                self._renewed_at = begun_at
+        except OSError:
+            return None
+        if newest is None or newest.number != self.number:
+            self._lost = (
+                f"The run's folder {self.folder} is now in use {newest.who() if newest else 'by another job'}, which "
+                f"took it over from this one: this job ends, and leaves alone what is there."
+            )
+        self._renewed_at = begun_at
         return self._lost
 
     def _keep_renewing(self) -> None:
         while not self._over.wait(RENEW_S) and self._lost is None:
             if time.monotonic() - self._sign_of_life_at < VOUCH_S:
-                with suppress(OSError):  # told by whatever is written next
-                    self._renew()
+                self._renew()
 
 
 def take(folder: Path) -> Lease:

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.checkpoint.fragments import read_fragments, read_shapes
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.fragments import read_fragments
+from pretrain.checkpoint.index import Index
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models.layer import Architecture
 from pretrain.parallel.engine import Engine, Fragment
@@ -77,7 +79,8 @@ def start_from(source: Path, engine: Engine, world: Axis, tokenizer: str) -> tup
     """
     checkpoint = _checkpoint_of(source, world)
     run = read_run(checkpoint)
-    here, there = shapes_of(engine.architecture), read_shapes(checkpoint)
+    here = shapes_of(engine.architecture)
+    there = {name: tuple(parameter.shape) for name, parameter in Index.open(checkpoint).parameters.items()}
     plan = make_plan(here, there, run["tokenizer"] == tokenizer)
     if not any(len(here[name]) > 1 for name in plan.loaded):  # some biases fit any model
         raise ConfigError(
@@ -160,9 +163,9 @@ def _by_layer(names: Collection[str], all_names: Collection[str]) -> list[str]:
 def _checkpoint_of(source: Path, world: Axis) -> Path:
     """The checkpoint that is meant, every byte of which is what was written."""
     if match := re.fullmatch(r"step-(\d{9,})", source.name):
-        checkpoint = CheckpointStore(source.parent, world, keep=2).newest_valid(quarantine=False, step=int(match[1]))
+        checkpoint = CheckpointStore(source.parent, world).newest_valid(quarantine=False, step=int(match[1]))
     else:
-        checkpoint = CheckpointStore(source / "checkpoints", world, keep=2).newest_valid(quarantine=False)
+        checkpoint = CheckpointStore(source / "checkpoints", world).newest_valid(quarantine=False)
     if checkpoint is None:
         raise CheckpointError(
             f"init_from {source} has no checkpoint: give the output folder of a run that has saved one, or one of its "

@@ -27,7 +27,9 @@ def initial_pieces(mesh, source: Path, changes):
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     engine = tiny_engine(Mesh(torch.device("cpu")), tiny_config(**SOURCE))
-    CheckpointStore(folder / "checkpoints", ALONE, keep=2).save(3, engine.fragments(), {"tokenizer": "t"})
+    store = CheckpointStore(folder / "checkpoints", ALONE)
+    store.save(3, engine.fragments(), {"tokenizer": "t"})
+    store.settle(wait=True)
     return folder
 
 

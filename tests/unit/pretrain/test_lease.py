@@ -9,13 +9,17 @@ import threading
 import time
 
 import pytest
+import torch
 
 from data_pipelines.errors import DataError
 from pretrain import lease as lease_module
-from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.store import CheckpointStore, Saved
 from pretrain.errors import FencedError, StorageError
 from pretrain.lease import Lease, take
+from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
+from pretrain.parallel.tensor import whole
 
 ELSEWHERE = {"machine": "another boot", "host": "node7", "pid": 4, "started": "2026-01-01", "began": 1}
 
@@ -189,17 +193,22 @@ def test_the_stale_owner_learns_of_the_new_one_and_ends_with_8(tmp_path, stale_a
 
 def test_a_store_of_the_stale_owner_commits_moves_and_deletes_nothing(tmp_path, stale_and_new):
     stale, new = stale_and_new
-    stores = [CheckpointStore(tmp_path / "checkpoints", ALONE, 2, lease.lost) for lease in (stale, new)]
+    keep = Keep(2)
+    stores = [CheckpointStore(tmp_path / "checkpoints", ALONE, keep, lease.lost) for lease in (stale, new)]
+    weights = {kind: torch.zeros(4) for kind in ("master", "exp_avg", "exp_avg_sq")}
+    state = [Fragment("layer.weight", whole(weights["master"]), 0, weights)]
+    stores[0].save(3, state, {"by": "stale"})
     for step in (1, 2):
-        assert stores[1].save(step, [], {"by": "new"}) is None
+        stores[1].save(step, state, {"by": "new"})
+        assert isinstance(stores[1].settle(wait=True), Saved)
     (stores[1].folder / "step-000000002" / "COMMIT").unlink()
     (stores[1].folder / ".tmp-step-000000003-abc").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    actions = (stores[0].sweep, stores[0].newest_valid, lambda: stores[0].save(2, [], {}))
-    for action in actions:
+    before = [path for path in sorted(tmp_path.rglob("*")) if "-000000003-" not in str(path)]
+    for action in (stores[0].sweep, stores[0].newest_valid, lambda: stores[0].settle(wait=True)):
         with pytest.raises(FencedError):
             action()
-    assert sorted(tmp_path.rglob("*")) == before
+    assert [path for path in sorted(tmp_path.rglob("*")) if "-000000003-" not in str(path)] == before
+    assert not (stores[0].folder / "step-000000003").exists()
 
 
 def test_a_main_thread_without_a_sign_of_life_is_vouched_for_only_so_long(tmp_path, monkeypatch):

@@ -5,11 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distributed.tiny import tiny_config
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.errors import CheckpointError
+from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
+from pretrain.parallel.tensor import whole
 from pretrain.trainer import Trainer
 
 PAGE = (Path(__file__).parents[3] / "docs" / "resume.md").read_text()
@@ -25,9 +28,11 @@ TABLE = [
 @pytest.mark.parametrize(("mode", "content", "expected"), TABLE)
 def test_a_start_does_what_the_table_says(tmp_path, mode, content, expected):
     assert len(TABLE) == 9
-    store = CheckpointStore(tmp_path / "checkpoints", ALONE, keep=2)
+    store = CheckpointStore(tmp_path / "checkpoints", ALONE)
     if content != "none":
-        store.save(5, [], {})
+        weights = {kind: torch.zeros(4) for kind in ("master", "exp_avg", "exp_avg_sq")}
+        store.save(5, [Fragment("layer.weight", whole(weights["master"]), 0, weights)], {})
+        store.settle(wait=True)
     if content == "invalid":
         (store.folder / "step-000000005" / "COMMIT").unlink()
     restored: list[Path] = []

@@ -27,8 +27,9 @@ def source(tmp_path):
     other = engine(seed=9)
     for fragment in other.fragments():
         fragment.tensors["exp_avg"].fill_(3.0)
-    store = CheckpointStore(tmp_path / "source" / "checkpoints", ALONE, keep=2)
+    store = CheckpointStore(tmp_path / "source" / "checkpoints", ALONE)
     store.save(7, other.fragments(), {"tokenizer": "t"})
+    store.settle(wait=True)
     return tmp_path / "source", masters(other)
 
 
