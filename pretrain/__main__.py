@@ -1,4 +1,4 @@
-"""`python -m pretrain train|evaluate|doctor`: the command line.
+"""`python -m pretrain train|evaluate|checkpoints|doctor`: the command line.
 
 Exit codes: 0 done, 3 no valid checkpoint, or one of another run, 4 configuration, data or disk, 5 too many bad steps, 7
 a layout that does not equal one process, 8 another job owns the run's folder now, 85 stopped as asked, and saved what
@@ -24,7 +24,7 @@ _EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"  # set by the launcher, to which tor
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parses into a namespace whose `command` is train, evaluate or doctor."""
+    """Parses into a namespace whose `command` is train, evaluate, checkpoints or doctor."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain", description="Trains and evaluates vision-language models."
     )
@@ -62,6 +62,27 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, help="of the checkpoint; without it the newest valid one")
     evaluate.add_argument("--rerank", type=int, default=16, help="candidates that matching ranks again, 0 for none")
 
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list a run's checkpoints, verify, prune, pin and compare them",
+        description="Lists a run's checkpoints; exits with 3 if one of them is not valid.",
+        formatter_class=HelpFormatter,
+        epilog=examples(
+            "python -m pretrain checkpoints runs/base",
+            "python -m pretrain checkpoints runs/base --verify",
+            "python -m pretrain checkpoints runs/base --prune --keep 2",
+            "python -m pretrain checkpoints runs/base --diff 1000 runs/other/checkpoints/step-000001000",
+        ),
+    )
+    checkpoints.add_argument("run", type=Path, help="the run's output folder")
+    action = checkpoints.add_mutually_exclusive_group()
+    action.add_argument("--verify", action="store_true", help="hash every byte; without it, sizes are compared")
+    action.add_argument("--prune", action="store_true", help="remove what the run's own rule does not keep")
+    action.add_argument("--pin", type=int, metavar="STEP", help="let this one stay whatever comes after it")
+    action.add_argument("--unpin", type=int, metavar="STEP", help="no longer")
+    action.add_argument("--diff", nargs=2, metavar=("A", "B"), help="in what two differ, each a step or a folder")
+    checkpoints.add_argument("--keep", type=int, metavar="N", help="with --prune: instead of the run's checkpoint.keep")
+
     doctor = commands.add_parser(
         "doctor",
         help="compare a config's layout with one process, and measure ranks and links; start it with torchrun",
@@ -81,9 +102,13 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     words = parser()
     arguments, rest = words.parse_known_args()
-    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+    takes_overrides = "overrides" in arguments
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or not takes_overrides]:
         words.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest  # argparse takes those behind an option for something else
+    if takes_overrides:
+        arguments.overrides += rest  # argparse takes those behind an option for something else
+    elif arguments.keep is not None and (arguments.keep < 1 or not arguments.prune):
+        words.error(f"--keep {arguments.keep} is for --prune, and 1 or more")
     try:
         # Imported late: the other command's half of the toolkit, and torch for a wrong argument, are not needed.
         if arguments.command == "train":
@@ -92,6 +117,10 @@ def main() -> None:
                 from pretrain import train as train_module
 
             train_module.main(arguments.config, arguments.overrides, stop)
+        elif arguments.command == "checkpoints":
+            from pretrain import checkpoints as checkpoints_module
+
+            checkpoints_module.main(arguments)
         elif arguments.command == "doctor":
             from pretrain import doctor as doctor_module
 

@@ -17,8 +17,8 @@ from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
 from pretrain.alarms import Negatives
-from pretrain.banner import banner, changes, facts
-from pretrain.checkpoint.identity import check_same_run
+from pretrain.banner import banner, facts
+from pretrain.checkpoint.identity import changes, check_same_run
 from pretrain.checkpoint.retention import Keep
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.transfer import start_from

@@ -1,6 +1,6 @@
 """What makes a checkpoint belong to a run: the same model, seed and tokenizer. The order of the data checks itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pretrain.config import Config
@@ -40,6 +40,20 @@ def check_same_run(run: dict[str, Any], config: Config, tokenizer: str, where: s
             f"The checkpoint {where} was trained with another tokenizer than {config.data.tokenizer}: its token ids "
             f"would mean other words. Restore data.tokenizer, or choose another output folder."
         )
+
+
+def changes(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """ "key: a -> b" for every key of two configs, as trees of plain values, that differs."""
+    for key in {**saved, **here}:
+        old, new = saved.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _leaves(key: str, saved: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.checkpoint.fragments import read_fragments
+from pretrain.checkpoint.fragments import read_fragments, read_whole
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.verify import read_run
@@ -23,7 +23,6 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models.layer import Architecture
 from pretrain.parallel.engine import Engine, Fragment
 from pretrain.parallel.mesh import Axis
-from pretrain.parallel.tensor import Part
 
 Shape = tuple[int, ...]
 _IMAGE_POSITION, _TEXT_POSITION = "image_embed.position", "text_embed.position"
@@ -89,8 +88,9 @@ def start_from(source: Path, engine: Engine, world: Axis, tokenizer: str) -> tup
         )
     masters = {f.name: Fragment(f.name, f.part, f.start, {"master": f.tensors["master"]}) for f in engine.fragments()}
     read_fragments(checkpoint, [masters[name] for name in plan.loaded if name in masters])
-    for name in plan.resized.keys() & masters.keys():
-        _fill(masters[name], resized(name, _read_whole(checkpoint, name, there[name]), here[name]))
+    for name, old in read_whole(checkpoint, {name: there[name] for name in plan.resized}).items():
+        if name in masters:
+            _fill(masters[name], resized(name, old, here[name]))
     engine.loaded(0)
     origin = {
         "path": str(checkpoint),
@@ -172,13 +172,6 @@ def _checkpoint_of(source: Path, world: Axis) -> Path:
             f"checkpoints (checkpoints/step-...)."
         )
     return checkpoint
-
-
-def _read_whole(checkpoint: Path, name: str, shape: Shape) -> Tensor:
-    values = torch.empty(math.prod(shape))
-    part = Part(shape, (0,) * len(shape), shape, is_cut=False)
-    read_fragments(checkpoint, [Fragment(name, part, 0, {"master": values})])
-    return values.view(shape)
 
 
 def _fill(fragment: Fragment, values: Tensor) -> None:

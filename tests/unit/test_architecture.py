@@ -26,6 +26,9 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.train": ENTRY,
     "pretrain.evaluate": ENTRY,
     "pretrain.doctor": ENTRY,
+    "pretrain.checkpoints": (
+        *("pretrain.checkpoint", "pretrain.lease", "pretrain.parallel.mesh", "pretrain.screen", "pretrain.errors"),
+    ),
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
         *("pretrain.checkpoint", "pretrain.saving", "pretrain.metrics", "pretrain.validation", "pretrain.banner"),
         *("pretrain.run_folder", "pretrain.lease"),
