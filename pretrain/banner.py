@@ -31,11 +31,19 @@ def facts(config: Config, mesh: Mesh, data: TrainingData, parameters: int) -> di
 
 
 def banner(
-    config: Config, mesh: Mesh, data: TrainingData, heldout: HeldoutData | None, parameters: int, step: int
+    config: Config,
+    mesh: Mesh,
+    data: TrainingData,
+    heldout: HeldoutData | None,
+    parameters: int,
+    step: int,
+    origin: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """The lines that a run begins with: what is trained, on what, how long, and what may surprise."""
     about = facts(config, mesh, data, parameters)
     begin = f"resumed at step {step}" if step else "a fresh run"
+    if origin:
+        begin += f", begun with the weights of {origin['path']}"
     ranks = f"{counted(mesh.world.size, 'rank')} ({mesh.device.type}"
     layout = f"data x tensor x pipeline parallel {about['data x tensor x pipeline parallel']}"
     yield (
@@ -73,22 +81,8 @@ def banner(
         )
 
 
-def changes(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """ "key: a -> b" for every key of two configs, as trees of plain values, that differs."""
-    for key in {**saved, **here}:
-        old, new = saved.get(key), here.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}: {_short(old)} -> {_short(new)}"
-
-
 def idle_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     """GPUs of this machine, if torch cannot use any although nobody hid them."""
     if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in environ:
         return 0
     return sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else str(value)

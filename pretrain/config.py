@@ -162,6 +162,9 @@ class TrainingConfig(Section):
     """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
     evaluate_every: int = Field(default=500, ge=1)
     """Steps between two evaluations on held-out data."""
+    deterministic: bool = False
+    """Take deterministic kernels alone, so that steps are equal to the last digit on GPUs too; slower. CPUs are so
+    anyway."""
     max_skipped_steps: int = Field(default=10, ge=1, le=100)
     """Steps of the last 100 that were skipped, because the loss or the gradient norm was not finite or by `spikes`, at
     which the run stops, or with `spikes` rollback goes back."""
@@ -215,6 +218,9 @@ class Config(Section):
     """Folder of the run: checkpoints, metrics, TensorBoard, the resolved config."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Keys the initial weights, the order of the data, augmentation, masks and negatives."""
+    init_from: Path | None = None
+    """Another run's folder, or one of its checkpoints, with whose weights a fresh run starts: those that fit by name
+    and shape; positions are interpolated. A run that goes on from its own checkpoints does not look at it."""
     data: DataConfig
     model: ModelConfig
     objectives: ObjectivesConfig = ObjectivesConfig()

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from data_pipelines.batch import BadSample
 from data_pipelines.errors import cannot_write
 from data_pipelines.text import to_json
 from pretrain.config import Config
+from pretrain.lease import Lease
 from pretrain.screen import say
 
 # TensorBoard sorts its groups by name: loss, optimizer, progress, scores, system. A curve and its held-out counterpart
@@ -55,14 +57,22 @@ class Clock:
 class Metrics:
     """Writes a run's metrics. Only the main process has one."""
 
-    def __init__(self, config: Config, first_step: int) -> None:
-        """`first_step` is the step the run goes on from: what an interrupted start wrote beyond it goes."""
+    def __init__(self, config: Config, first_step: int, lease: Lease | None = None) -> None:
+        """
+        Args:
+            config: the run's.
+            first_step: the step the run goes on from: what an interrupted start wrote beyond it goes.
+            lease: checked before each step is written.
+        """
         self.steps = config.training.steps
         self.folder = config.output
+        self._lease = lease
         threading.excepthook = _without_boards
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
             self._alarms = _open_at(self.folder / "alarms.jsonl", first_step)
+            if lease and lease.after_silence:
+                _take_from_writers(self.folder / "tensorboard")
             # Two runs to TensorBoard, so that curves of one name share a card.
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             self._heldout_board = SummaryWriter(self.folder / "tensorboard" / "heldout", purge_step=first_step + 1)
@@ -79,7 +89,12 @@ class Metrics:
             self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One optimizer step's values, by name."""
+        """One optimizer step's values, by name.
+
+        Raises:
+            FencedError: another job has taken over the folder.
+        """
+        self._check_owner()
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
         with self._surviving_a_full_disk():
             _append(self._jsonl, _json({"step": step, **values}))
@@ -113,6 +128,7 @@ class Metrics:
 
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
+        self._check_owner()
         lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
         with (
             self._surviving_a_full_disk(),
@@ -144,6 +160,10 @@ class Metrics:
             self._alarms.close()
             self._board.close()
             self._heldout_board.close()
+
+    def _check_owner(self) -> None:
+        if self._lease:
+            self._lease.check()
 
     def _show(self, board: SummaryWriter, step: int, values: dict[str, float]) -> None:
         with self._surviving_a_full_disk():
@@ -200,6 +220,14 @@ def _append(file: BinaryIO, line: bytes, instead_of: bytes = b"") -> None:
         file.seek(start)
         file.write(instead_of)
         raise
+
+
+def _take_from_writers(folder: Path) -> None:
+    """Puts copies in place of files that an earlier owner may hold open: what it still writes is seen by nobody."""
+    for path in [path for path in folder.rglob("events.*") if path.is_file()]:
+        temporary = path.with_name(".copy")
+        shutil.copyfile(path, temporary)
+        temporary.replace(path)
 
 
 def _open_at(path: Path, step: int) -> BinaryIO:

@@ -8,7 +8,7 @@ from pretrain.checkpoint.retention import add_score
 from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
 from pretrain.config import CheckpointConfig
 from pretrain.errors import StorageError
-from pretrain.metrics import Metrics
+from pretrain.journal import Journal
 from pretrain.parallel.engine import Fragment
 from pretrain.screen import say
 
@@ -19,13 +19,17 @@ class Saving:
     """One save at a time, written while training goes on. All ranks call each method together, but for `is_time`."""
 
     def __init__(
-        self, config: CheckpointConfig, store: CheckpointStore, on_saved: Callable[[int, float], None]
+        self,
+        config: CheckpointConfig,
+        store: CheckpointStore,
+        journal: Journal,
+        on_saved: Callable[[int, float], None],
     ) -> None:
         """`on_saved` is told the step of each checkpoint, and how many seconds it took from its beginning."""
         self.config = config
         self.store = store
         self.on_saved = on_saved
-        self.metrics: Metrics | None = None  # on the main process, while it trains
+        self.journal = journal
         self.saved_step: int | None = None  # of the newest checkpoint
         self.failures = 0  # in a row
         self._begun = time.monotonic()
@@ -46,8 +50,7 @@ class Saving:
         if self.saved_step == step:
             return
         self._begun = time.monotonic()
-        if self.metrics:
-            self.metrics.flush()
+        self.journal.flush()
         begin = time.perf_counter()
         self.store.save(step, fragments, run)
         self._stall_s = time.perf_counter() - begin
@@ -67,12 +70,11 @@ class Saving:
             case Saved(step, write_s):
                 self.failures, self.saved_step = 0, step
                 self.on_saved(step, time.monotonic() - self._begun)
-                self._say(f"Saved step {step} in {self.store.folder}.")
-                if self.metrics:
-                    self.metrics.checkpoint({"stall_s": self._stall_s, "write_s": write_s})
+                self.journal.say(f"Saved step {step} in {self.store.folder}.")
+                self.journal.checkpoint({"stall_s": self._stall_s, "write_s": write_s})
             case Failed(step, problem):
                 self.failures += 1
-                self._say(f"Could not save step {step}: {problem}. Earlier checkpoints are untouched.")
+                self.journal.say(f"Could not save step {step}: {problem}. Earlier checkpoints are untouched.")
                 if must or self.failures >= MAX_FAILED_SAVES:
                     raise StorageError(
                         f"Step {step} could not be saved in {self.store.folder} ({problem}): make space or mend the "
@@ -86,7 +88,3 @@ class Saving:
                 add_score(self.store.folder, best, step, values[best])
             except OSError as error:
                 say(f"The score of step {step} cannot be kept in {self.store.folder} ({error}); training goes on.")
-
-    def _say(self, text: str) -> None:
-        if self.store.is_main:
-            say(text)

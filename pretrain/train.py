@@ -3,7 +3,8 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+
+import torch
 
 from data_pipelines.errors import UserError, named
 from data_pipelines.stream.heldout import HeldoutData
@@ -12,10 +13,10 @@ from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.config import Config, load_config
 from pretrain.elastic import adapt
 from pretrain.heartbeat import Heart
+from pretrain.lease import Lease, take
 from pretrain.orders import Orders
 from pretrain.parallel.build import build_engine
 from pretrain.parallel.mesh import TIMEOUT, Mesh, start_mesh, stop_mesh
-from pretrain.run_folder import claim
 from pretrain.stopping import Stop
 from pretrain.time_limit import time_limit
 from pretrain.trainer import Trainer
@@ -29,14 +30,25 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         UserError: whatever else ends a run.
     """
     config = load_config(config_path, overrides)
-    most_s = 0.9 * TIMEOUT.total_seconds()
-    heart = Heart(config.output, config.training.hang_timeout_s, most_s, config.data.patience_s)
+    if config.training.deterministic:
+        take_deterministic_kernels()
+    heart = Heart(config.output, config.training.hang_timeout_s, 0.9 * TIMEOUT.total_seconds(), config.data.patience_s)
     heart.beat("start", 0)
     with stop.interrupting():
         mesh = start_mesh(config.engine)
-        lock = claim_folder(config, mesh)
-        config, elastic = adapt(config, mesh)
+        lease = claim_folder(config, mesh)
+    try:
+        run(config, mesh, lease, stop, heart)
+    finally:
+        if lease:
+            lease.release()
+    stop_mesh()
 
+
+def run(config: Config, mesh: Mesh, lease: Lease | None, stop: Stop, heart: Heart) -> None:
+    """The run, in a folder that this job owns; `lease` is the main process's."""
+    with stop.interrupting():
+        config, elastic = adapt(config, mesh)
         data, heldout = open_data(config, mesh)
 
         engine = build_engine(
@@ -46,27 +58,32 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
-        trainer = Trainer(config, mesh, engine, data, heldout, open_orders(config, mesh, stop), heart, elastic)
+        orders = open_orders(config, mesh, stop)
+        trainer = Trainer(config, mesh, engine, data, heldout, orders, heart, lease, elastic)
         trainer.resume()
 
     trainer.fit()
 
-    stop_mesh()
-    if lock:
-        lock.close()
+
+def take_deterministic_kernels() -> None:
+    """To be called before the first kernel runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, by CUDA's documentation
+    torch.use_deterministic_algorithms(True)
+    # Filled with NaN by default, which from DeepSpeed's padding would reach the gradient norm.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
-    """Locks the run's folder, on the main process; on all of them, refuses a folder that another job uses."""
-    lock = problem = None
+def claim_folder(config: Config, mesh: Mesh) -> Lease | None:
+    """Takes the run's folder, on the main process; on all of them, refuses a folder that another job uses."""
+    lease = problem = None
     if mesh.is_main:
         try:
-            lock = claim(config.output)
+            lease = take(config.output)
         except UserError as error:
             problem = error
     if problem := mesh.world.from_first(problem):
         raise problem
-    return lock
+    return lease
 
 
 def open_orders(config: Config, mesh: Mesh, stop: Stop) -> Orders:

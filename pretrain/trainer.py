@@ -16,18 +16,21 @@ from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
-from pretrain.alarms import Alarms, Negatives
-from pretrain.banner import banner, changes, facts
+from pretrain.alarms import Negatives
+from pretrain.banner import banner, facts
 from pretrain.batch_spec import vocabulary_of
-from pretrain.checkpoint.identity import check_same_run
+from pretrain.checkpoint.identity import changes, check_same_run
 from pretrain.checkpoint.retention import Keep
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.transfer import start_from
 from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import Health
 from pretrain.heartbeat import Heart
-from pretrain.metrics import Clock, Metrics, peak_memory_gib
+from pretrain.journal import Journal
+from pretrain.lease import Lease
+from pretrain.metrics import Clock, peak_memory_gib
 from pretrain.optim import learning_rate
 from pretrain.orders import Orders
 from pretrain.parallel.engine import Engine
@@ -53,11 +56,13 @@ class Trainer:
         heldout: HeldoutData | None,
         orders: Orders,
         heart: Heart,
+        lease: Lease | None,
         elastic: dict[str, int],
     ) -> None:
         self.config = config
         self.orders = orders
         self.heart = heart
+        self.lease = lease  # on the main process
         self.elastic = elastic  # what the next start has to know, with another number of ranks
         self.mesh = mesh
         self.engine = engine
@@ -68,25 +73,21 @@ class Trainer:
             config.output / "checkpoints",
             mesh.world,
             keep,
+            still_owner=lease.lost if lease else lambda: None,
             node=mesh.node,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.saving = Saving(config.checkpoint, self.store, self._note_save)
-        self.metrics: Metrics | None = None  # on the main process, while it trains
+        self.journal = Journal(config, mesh, engine, vocabulary_of(data.tokenizer).size, lease)
+        self.saving = Saving(config.checkpoint, self.store, self.journal, self._note_save)
         self.step = 0
         self.data_state = data.initial_state()
         self.health = Health(config.training)
         self.rollbacks = Rollbacks(config.output, mesh.world)
-        self.alarms = Alarms(config, vocabulary_of(data.tokenizer).size)
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
+        self.origin: dict[str, Any] | None = None  # of the initial weights, where another run made them
         contrastive = config.objectives.contrastive
         self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
         self.stragglers = Stragglers(mesh)
-        self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
-        # Live view of the temperature's master copy, on the one rank that saves it.
-        saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
-        temperature = saved.get("temperature.log_scale")
-        self.log_scale = temperature.tensors["master"] if temperature else None
 
     def resume(self) -> None:
         """Goes on from the newest valid checkpoint, as `checkpoint.resume` says; call it once, before `fit`.
@@ -103,6 +104,11 @@ class Trainer:
                     f"checkpoint.resume is must, and {self.store.folder} holds no checkpoint: check the output folder, "
                     f"or set checkpoint.resume=auto to start afresh."
                 )
+            if self.config.init_from:
+                fingerprint = self.data.tokenizer.fingerprint
+                self.origin, said = start_from(self.config.init_from, self.engine, self.mesh.world, fingerprint)
+                for line in said:
+                    self.journal.say(line)
             return
         if mode == "never":
             raise CheckpointError(
@@ -111,9 +117,9 @@ class Trainer:
             )
         run = self._restore(checkpoint)
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
-        self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
+        self.journal.say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
         if changed := list(changes(run["config"], self.config.model_dump(mode="json"))):
-            self._say(f"Changed since step {self.step}: {'; '.join(changed)}.")
+            self.journal.say(f"Changed since step {self.step}: {'; '.join(changed)}.")
 
     def _restore(self, checkpoint: Path) -> dict[str, Any]:
         """Goes to a checkpoint: weights, moments, the data's place, and what was counted. Returns what it says."""
@@ -124,6 +130,7 @@ class Trainer:
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
         self.step = self.saving.saved_step = self.heart.saved_step = run["step"]
+        self.origin = run.get("init_from")
         self.health.restore(run["health"])
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         return run
@@ -139,7 +146,7 @@ class Trainer:
         """
         training, checkpoint = self.config.training, self.config.checkpoint
         if self.step >= training.steps:
-            self._say(f"Nothing to do: step {self.step} of training.steps {training.steps} is reached.")
+            self.journal.say(f"Nothing to do: step {self.step} of training.steps {training.steps} is reached.")
             return
         self._begin()
         try:
@@ -161,22 +168,22 @@ class Trainer:
             raise
         finally:
             self.heart.beat("end", self.step)
-            if self.metrics:
-                self.metrics.close()
+            self.journal.close()
 
     def _begin(self) -> None:
         """Says what will be done, and keeps what the run's folder has to hold."""
         here = sum(f.tensors["master"].numel() for f in self.engine.fragments() if f.saved_here)
         parameters = int(self.mesh.world.sum(torch.tensor(here, device=self.mesh.device)))
-        if not self.mesh.is_main:
+        if not self.lease:
             return
-        for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step):
+        self.lease.check()
+        for line in banner(self.config, self.mesh, self.data, self.heldout, parameters, self.step, self.origin):
             say(line)
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         keep_config(self.config.output, text, self.step)
         keep_tokenizer(self.config.output, self.config.data.tokenizer)
-        self.metrics = self.saving.metrics = Metrics(self.config, self.step)
-        self.metrics.describe(text, facts(self.config, self.mesh, self.data, parameters))
+        self.journal.open(self.step)
+        self.journal.describe(text, facts(self.config, self.mesh, self.data, parameters))
 
     def _next_step(self, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
         """This rank's micro-batches of the next step, once every rank has its own.
@@ -216,41 +223,35 @@ class Trainer:
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
-        objectives = self._by_objective(result.losses, result.counts)
+        objectives = self.journal.by_objective(result.losses, result.counts)
         if self.negatives and (problem := self.negatives.missing(objectives["loss/contrastive"], micro_batches)):
-            self._alarm(problem)
-        temperature = {"temperature": self._temperature()} if self.negatives else {}
+            self.journal.alarm(self.step, problem)
+        temperature = self.journal.temperature()
         step_s, data_wait_share = clock.read()
         self.stragglers.end(data_wait_share * step_s, step_s)
-        shown = self.step % training.log_every == 0 or self.step == training.steps
-        slowest = self.stragglers.compare() if shown else None
-        if self.metrics:
-            values = {
-                **objectives,
-                **{f"metric/{name}": value for name, value in result.metrics.items()},
-                "learning_rate": rate,
-                "gradient_norm": result.gradient_norm,
-                **temperature,
-                **self._epochs(),
-                "time/samples_per_s": training.global_batch / step_s,
-                "time/step_s": step_s,
-                "time/data_wait_share": data_wait_share,
-                **(slowest.metrics() if slowest else {}),
-                "memory/peak_gib": peak_memory_gib(self.mesh.device),
-                "health/skipped_steps": self.health.skipped_steps + (not result.applied),
-                "health/bad_samples": self.bad_samples.num_bad,
-                "batch_id": batch_id,
-            }
-            self.metrics.step(self.step, values)
-            if shown:
-                self._say(self.metrics.line(self.step, values))
-            if slowest and slowest.confirmed:
-                self._alarm(str(slowest))
-            for text in self.alarms.raised(self.step, values):
-                self._alarm(text)
+        slowest = self.stragglers.compare() if self.journal.is_shown(self.step) else None
+        values = {
+            **objectives,
+            **{f"metric/{name}": value for name, value in result.metrics.items()},
+            "learning_rate": rate,
+            "gradient_norm": result.gradient_norm,
+            **temperature,
+            **self.journal.epochs(self.data.epochs(self.data_state)),
+            "time/samples_per_s": training.global_batch / step_s,
+            "time/step_s": step_s,
+            "time/data_wait_share": data_wait_share,
+            **(slowest.metrics() if slowest else {}),
+            "memory/peak_gib": peak_memory_gib(self.mesh.device),
+            "health/skipped_steps": self.health.skipped_steps + (not result.applied),
+            "health/bad_samples": self.bad_samples.num_bad,
+            "batch_id": batch_id,
+        }
+        self.journal.step(self.step, values)
+        if slowest and slowest.confirmed:
+            self.journal.alarm(self.step, str(slowest))
         verdict = self.health.judge(self.step, objectives["loss"], result.applied)
         if verdict.said:
-            self._alarm(verdict.said)
+            self.journal.alarm(self.step, verdict.said)
         return verdict.go_back
 
     def _roll_back(self, problem: str) -> bool:
@@ -264,7 +265,9 @@ class Trainer:
         if checkpoint is None:
             if self.health.skips_too_many:
                 raise self.health.too_many_skipped()
-            self._alarm(f"{problem}; there is no checkpoint yet to go back to, so that training goes on.")
+            self.journal.alarm(
+                self.step, f"{problem}; there is no checkpoint yet to go back to, so that training goes on."
+            )
             return False
         most, before = self.config.training.max_rollbacks, len(self.data_state.left_out)
         if before >= most:
@@ -278,12 +281,11 @@ class Trainer:
         spans = [*self.data_state.left_out, self.data.span(self.data_state, behind)]
         self.rollbacks.keep(spans)
         self.data_state = self.data.leave_out(self.data_state, spans)
-        if self.metrics:
-            self.metrics.close()
-            self.metrics = self.saving.metrics = Metrics(self.config, self.step)
-        self._alarm(
+        self.journal.open(self.step)
+        self.journal.alarm(
+            self.step,
             f"{problem} at step {step}: back to {checkpoint}, rollback {before + 1} of {most}; the "
-            f"{(step - self.step) * self.config.training.global_batch:,} samples read since are left out."
+            f"{(step - self.step) * self.config.training.global_batch:,} samples read since are left out.",
         )
         return True
 
@@ -294,20 +296,9 @@ class Trainer:
         total_id, total_bad = self.mesh.dp.sum(torch.tensor([ids, len(bad)], device=self.mesh.device)).tolist()
         if total_bad:  # rare: every rank learns all of them, so that the one that prints can name them
             bad = [sample for samples in self.mesh.dp.gather_objects(bad) for sample in samples]
-            for sample in bad:
-                self._say(f"step {self.step}: replaced {sample.key} of shard {sample.shard}: {sample.reason}")
-            if self.metrics:
-                self.metrics.bad_samples(self.step, bad)
+            self.journal.bad_samples(self.step, bad)
         self.bad_samples.add(bad, self.config.training.global_batch)
         return total_id % 2**53  # 2**53: what every reader of JSON takes for an integer
-
-    def _epochs(self) -> dict[str, float]:
-        epochs = self.data.epochs(self.data_state)
-        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
-
-    def _temperature(self) -> float:
-        here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
-        return math.exp(-self.mesh.world.sum(here.to(self.mesh.device)).item())
 
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
@@ -322,25 +313,11 @@ class Trainer:
             )
         except AbandonedError as error:
             why = str(error) or "told to stop."
-            self._say(f"The evaluation after step {self.step} was given up: {why}")
+            self.journal.say(f"The evaluation after step {self.step} was given up: {why}")
             return
-        if not self.metrics:
-            return
-        values = self._by_objective(found.losses, found.counts) | found.retrieval
-        self.metrics.heldout(self.step, values)
-        self.saving.rate(self.step, values)
-        figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
-        if found.retrieval:
-            figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")
-        self._say(f"held out after step {self.step}: loss {values['loss']:.4f}, {', '.join(figures)}")
-
-    def _by_objective(self, losses: dict[str, float], counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-        """The losses and accuracies of the objectives that are on, and the weighted sum."""
-        return {
-            "loss": sum(weight * losses[name] for name, weight in self.weights.items()),
-            **{f"loss/{name}": loss for name, loss in losses.items()},
-            **{f"accuracy/{name}": right / max(asked, 1) for name, (right, asked) in counts.items()},
-        }
+        values = self.journal.heldout(self.step, found, len(heldout))
+        if self.mesh.is_main:
+            self.saving.rate(self.step, values)
 
     def _save(self, must: bool) -> None:
         self.heart.beat("save", self.step)
@@ -359,6 +336,7 @@ class Trainer:
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
+            "init_from": self.origin,
             "tokenizer": self.data.tokenizer.fingerprint,
             "layout": {
                 "dp": self.mesh.dp.size,
@@ -368,12 +346,3 @@ class Trainer:
             },
             "versions": {"python": platform.python_version(), "torch": version("torch")},
         }
-
-    def _alarm(self, text: str) -> None:
-        self._say(f"step {self.step}: {text}")
-        if self.metrics:
-            self.metrics.alarm(self.step, text)
-
-    def _say(self, text: str) -> None:
-        if self.mesh.is_main:
-            say(text)

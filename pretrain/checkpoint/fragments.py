@@ -1,7 +1,7 @@
 """Fills a rank's fragments from a checkpoint that any layout wrote."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from io import FileIO
@@ -14,6 +14,7 @@ from pretrain.checkpoint.boxes import Box, boxes_of_slice
 from pretrain.checkpoint.index import ITEM, Index
 from pretrain.errors import CheckpointError
 from pretrain.parallel.engine import Fragment
+from pretrain.parallel.tensor import whole
 
 
 def read_fragments(checkpoint: Path, fragments: Iterable[Fragment]) -> None:
@@ -37,6 +38,14 @@ def read_fragments(checkpoint: Path, fragments: Iterable[Fragment]) -> None:
 
         for fragment in wanted:
             _fill(fragment, index, opened)
+
+
+def read_whole(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The fp32 values of whole parameters, whose shapes are given."""
+    values = {name: torch.empty(shape) for name, shape in shapes.items()}
+    wanted = [Fragment(name, whole(value), 0, {"master": value.view(-1)}) for name, value in values.items()]
+    read_fragments(checkpoint, wanted)
+    return values
 
 
 def _check(fragment: Fragment, index: Index, checkpoint: Path) -> None:

@@ -33,6 +33,10 @@ def pin(checkpoint: Path) -> None:
     (checkpoint / _PIN).touch()
 
 
+def unpin(checkpoint: Path) -> None:
+    (checkpoint / _PIN).unlink(missing_ok=True)
+
+
 def is_pinned(checkpoint: Path) -> bool:
     return (checkpoint / _PIN).exists()
 

@@ -25,6 +25,20 @@ def verify(checkpoint: Path, world: Axis) -> str | None:
     return next((why for found in world.gather_objects(problems) for why in found), None)
 
 
+def glance(checkpoint: Path) -> str | None:
+    """The same, of what is seen without reading the weights."""
+    files, problem = manifest.read(checkpoint)
+    if problem is not None:
+        return problem
+    for name, size in (sizes := manifest.sizes(files)).items():
+        try:
+            if (there := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {there} bytes instead of {size}"
+        except OSError as error:
+            return in_words(error)
+    return _misfit(checkpoint, sizes)
+
+
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `run`, and the step."""
     return json.loads((checkpoint / manifest.RUN).read_bytes())

@@ -57,13 +57,22 @@ def write_config(tree: dict[str, Any], path: Path) -> SimpleNamespace:
     return SimpleNamespace(path=path, output=Path(tree["output"]), tree=tree)
 
 
-def survivors(mark: str) -> list[str]:
-    """Command lines of live processes that inherited `E2E_MARK=mark`."""
+def processes(mark: str) -> list[int]:
+    """Live processes that inherited `E2E_MARK=mark`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"E2E_MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+                found.append(int(process.name))
+    return found
+
+
+def survivors(mark: str) -> list[str]:
+    """Their command lines."""
+    found = []
+    for pid in processes(mark):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
     return found
 
 

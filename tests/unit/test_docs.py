@@ -39,6 +39,7 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
 def test_every_key_that_a_page_names_is_one(page):
     keys = set(re.findall(r"^\| `([\w.]+)`", (ROOT / "docs/settings.md").read_text(), flags=re.MULTILINE))
     for word in re.findall(r"`([a-z_]+\.[a-z_]+(?:\.[a-z_]+)*)(?:=[^`]*|: [^`]*)?`", page.read_text()):
+        word = re.sub(r"^data\.train\.(?!NAME)\w+", "data.train.NAME", word)  # a mixture's names are its own
         assert word.endswith(".py") or word.partition(".")[0] not in keys or word in keys, word
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pretrain.banner import changes, idle_gpus
+from pretrain.banner import idle_gpus
+from pretrain.checkpoint.identity import changes
 
 
 def test_changes_name_every_key_with_both_values():
