@@ -21,9 +21,9 @@ from pretrain.banner import banner, facts
 from pretrain.batch_spec import vocabulary_of
 from pretrain.checkpoint.identity import changes, check_same_run
 from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.run_state import read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.transfer import start_from
-from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import Health
@@ -123,7 +123,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Path) -> dict[str, Any]:
         """Goes to a checkpoint: weights, moments, the data's place, and what was counted. Returns what it says."""
-        run = read_run(checkpoint)
+        run = read_state(checkpoint)
         check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
         state = self.data.resumed(DataState.from_dict(run["data"]))
         self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
