@@ -88,11 +88,11 @@ def leave_out_the_head(engine, calls=()):
     engine.model.masked_lm_head.forward = forward
 
 
-def told_of_unused(mesh, stage, pp, unused):
+def told_of_unused(mesh, stage, pp, on_ranks):
     config = tiny_config(engine__zero_stage=stage, engine__pipeline_parallel=pp, training__debug=True)
     engine = tiny_engine(mesh, config)
     engine_curve(mesh, config, 2, engine)
-    if unused and mesh.world.rank == mesh.world.size - 1:
+    if mesh.world.rank in on_ranks:
         leave_out_the_head(engine)
     try:
         engine_curve(mesh, config, 1, engine, first=2)
@@ -101,10 +101,14 @@ def told_of_unused(mesh, stage, pp, unused):
     return None
 
 
-@pytest.mark.parametrize(("stage", "pp"), ENGINES)
-def test_with_debug_a_layer_that_did_not_run_on_one_rank_is_told_on_all(two_ranks, stage, pp):
-    assert two_ranks.run(told_of_unused, stage, pp, False) == [None, None]
-    for said in two_ranks.run(told_of_unused, stage, pp, True):
+@pytest.mark.parametrize(
+    ("stage", "pp", "on_ranks"),
+    # On one rank alone, DeepSpeed's ranks would reduce unlike numbers of gradients, and fail there.
+    [(0, 1, [1]), *((stage, pp, [0, 1]) for stage, pp in ENGINES)],
+)
+def test_with_debug_a_layer_that_did_not_run_is_told_on_all_ranks(two_ranks, stage, pp, on_ranks):
+    assert two_ranks.run(told_of_unused, stage, pp, []) == [None, None]
+    for said in two_ranks.run(told_of_unused, stage, pp, on_ranks):
         assert said.startswith("8 trainable parameters had no gradient in this step, masked_lm_head.decode.bias first:")
 
 
