@@ -48,7 +48,8 @@ def main(config_path: Path, overrides: Sequence[str]) -> None:
 
     Raises:
         ConfigError: the config is wrong, or its degrees do not fit the processes.
-        LayoutError: losses or gradient norms differ from those of one process.
+        LayoutError: losses or gradient norms differ from those of one process, or copies from one another.
+        TrainingError: a trainable parameter has no gradient.
     """
     config = load_config(config_path, overrides)
     mesh = start_mesh(config.engine)
@@ -169,7 +170,8 @@ def shrink(config: Config, dp_size: int) -> Config:
     # One micro-step more than stages: each then goes back and forth in turn for a while.
     accumulation = min(config.training.accumulation, engine.pipeline_parallel + 1)
     grains = math.lcm(dp_size, grains_in_pool) * (1 if many else 2)
-    tree["training"] |= {"accumulation": accumulation, "global_batch": accumulation * grain * grains}
+    batch = accumulation * grain * grains
+    tree["training"] |= {"accumulation": accumulation, "global_batch": batch, "debug": True}
     return parse_config(tree, source="the doctor's copy")
 
 

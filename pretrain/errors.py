@@ -14,7 +14,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training itself went wrong: too many steps in a row were not finite (exit code 5)."""
+    """Training itself went wrong: steps skipped or a loss that jumped too often, a layer without part (exit code 5)."""
 
     exit_code = 5
 

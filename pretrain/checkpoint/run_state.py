@@ -21,12 +21,20 @@ class _Config(BaseModel):
     objectives: dict[str, dict[str, Any] | None]
 
 
+class _Health(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    losses: list[float]
+    skipped: Count
+    skipped_lately: list[Count]
+
+
 class _RunState(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     step: Count
     applied_steps: Count
-    health: dict[str, Any]
+    health: _Health
     bad_samples: Count
     samples: Count
     data: dict[str, Any]  # checked where it is used

@@ -163,7 +163,7 @@ def test_no_space_left(config):
 def test_a_diverging_run_stops_by_itself(config):
     result = train(config, "optimizer.learning_rate=1e30", "training.max_skipped_steps=3", "training.steps=30")
     assert result.code == 5
-    assert "The last 3 steps, up to step" in result.err
+    assert "3 of the last 100 steps, up to step" in result.err
     assert "lower optimizer.learning_rate" in result.err
     assert "Traceback" not in result.err
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from distributed.tiny import mesh_of, tiny_config
 from e2e.conftest import run
 from pretrain.doctor import compare, measure_bandwidth
+from pretrain.errors import TrainingError
+from pretrain.models.heads import MaskedLMHead
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"  # its data are not there, and not needed
 
@@ -104,6 +106,22 @@ def test_copies_that_drift_apart_are_told_before_a_loss_shows_it(two_ranks):
         assert alone is None
         assert re.match(r"fp32: \S+ of \S+ differs between ranks 0 and 1 after 3 steps, and \d+ more, where", layout)
         assert "one and two get unequal results" in layout
+
+
+def compared_without_a_head(mesh, config):
+    right = MaskedLMHead.forward
+    MaskedLMHead.forward = lambda self, tokens, *_: (tokens.sum() * 0, torch.zeros(2, dtype=torch.int64))
+    try:
+        compare(config, mesh_of(mesh, config))
+    except TrainingError as error:
+        return str(error)
+    finally:
+        MaskedLMHead.forward = right
+
+
+def test_a_layer_that_no_loss_reaches_is_told(two_ranks):
+    for said in two_ranks.run(compared_without_a_head, tiny_config(engine__zero_stage=3)):
+        assert said.startswith("8 trainable parameters had no gradient in this step, masked_lm_head.decode.bias first")
 
 
 def bandwidth(mesh, config):

@@ -58,18 +58,9 @@ def spiking(corpus, tmp_path_factory):
         config = write_config(tree, folder / "run.yaml")
         script = folder / "spiking.py"
         script.write_text(SPIKING.format(batch=BATCH, kill=kill, spikes=spikes))
-        launcher = (
-            "--nnodes",
-            1,
-            "--nproc-per-node",
-            ranks,
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        )
-        command = (*launcher, "--local-addr", "127.0.0.1", "--max-restarts", 0, script, "train", config.path)
-        return config, run("launch.torchrun", *command, *overrides)
+        launcher = f"--nnodes 1 --nproc-per-node {ranks} --rdzv-backend c10d --rdzv-endpoint localhost:0"
+        options = f"{launcher} --local-addr 127.0.0.1 --max-restarts 0".split()
+        return config, run("launch.torchrun", *options, script, "train", config.path, *overrides)
 
     return train
 
@@ -96,9 +87,8 @@ def digits(step):
 
 def test_it_goes_back_says_so_and_each_step_appears_once(undisturbed):
     config, result = undisturbed
-    said = (
-        f"back to {config.output}/checkpoints/step-000000012, rollback 1 of 5; the 192 samples read since are left out"
-    )
+    checkpoint = config.output / "checkpoints" / "step-000000012"
+    said = f"back to {checkpoint}, rollback 1 of 5; the 192 samples read since are left out"
     assert result.out.count(said) == 1
     assert [step["step"] for step in metrics(config.output)] == list(range(1, STEPS + 1))
     board = EventAccumulator(str(config.output / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()

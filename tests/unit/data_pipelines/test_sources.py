@@ -173,6 +173,56 @@ def test_shares_that_mean_nothing_are_refused(train: dict[str, object], words: s
         DataConfig.model_validate({"train": train, "tokenizer": "t"})
 
 
+def after(data: TrainingData, state: DataState, steps: int) -> DataState:
+    for _ in range(steps):
+        state = data.advance(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    "weights", [{"weight": 1}, {"weight": {0: 1, 5: 4}}], ids=["same shares", "shares that change"]
+)
+def test_a_run_that_leaves_out_a_span_reads_all_other_samples_once(corpus: Corpus, others: dict[str, Path], weights):
+    """Steps 4 to 6 are left out, in which the shares may change; from step 4 on they are those of its number."""
+    data = corpus.training(train=mixture(corpus, others, web=weights, clean={"weight": 1}), global_batch=16)
+    start = data.initial_state()
+    back, spike = after(data, start, 3), after(data, start, 6)
+    given = [image for step in taken(data, start, 6) for image in step]
+    state = data.leave_out(back, [data.span(back, spike)])
+    assert (state.step, state.grains, state.segment.taken_before(state.grains)) == (
+        3,
+        spike.grains,
+        spike.segment.taken_before(spike.grains),
+    )
+    rest = [image for step in taken(data, state, 6) for image in step]
+    epoch = {"web": 160, "clean": 100}
+    names = source_of(corpus, others)
+    for name, samples in epoch.items():
+        read = [image for image in given + rest if names[image] == name]
+        assert len(set(read[:samples])) == min(len(read), samples)
+
+
+@given(st.integers(0, 3), st.sampled_from([(0, 8), (0, 16), (0, 32), (1, 8), (1, 16), (2, 16), (2, 32)]))
+@settings(deadline=None, max_examples=10)
+def test_a_run_resumed_before_a_span_that_is_left_out_jumps_over_it_again(
+    corpus: Corpus, steps: int, resumed_at: tuple[int, int]
+):
+    """From any checkpoint, also an older one, and with another batch, if a step of it begins where the span does."""
+    checkpoint, global_batch = resumed_at
+    data, other = corpus.training(global_batch=16), corpus.training(global_batch=global_batch, accumulation=2)
+    start = data.initial_state()
+    spans = [data.span(after(data, start, 2), after(data, start, 4 + steps))]
+    spans.append(data.span(data.leave_out(after(data, start, 2), spans), after(data, start, 5 + steps)))
+    state = data.leave_out(after(data, start, checkpoint), spans)
+    expected = taken(data, state, 4)
+    state = DataState.from_dict(json.loads(json.dumps(state.to_dict())))
+    resumed = [image for step in taken(other, other.resumed(state), 8 * 16 // global_batch) for image in step]
+    assert resumed == [image for step in expected for image in step]
+    whole = [image for step in taken(data, start, 9 + steps) for image in step]
+    left = whole[16 * checkpoint : 32] + whole[16 * (5 + steps) :]
+    assert resumed == left[: len(resumed)]
+
+
 def test_a_step_at_which_every_source_rests_is_refused_before_the_run(corpus: Corpus, others: dict[str, Path]):
     train = mixture(corpus, others, web={"weight": {0: 1, 4: 0}}, clean={"weight": 0})
     with pytest.raises(

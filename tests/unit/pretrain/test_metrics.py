@@ -117,3 +117,16 @@ def test_the_line_names_the_epoch_of_each_source(tmp_path):
     assert m.line(1, values(1.0) | {"epoch": 0.456}).endswith(" left  epoch 0.46")
     assert m.line(1, values(1.0) | {"epoch/web": 1.0, "epoch/books": 0.5}).endswith("  epoch web 1.00, books 0.50")
     m.close()
+
+
+def test_alarms_are_kept_by_step_and_a_resume_drops_those_of_steps_that_are_taken_again(tmp_path):
+    config = tiny_config(output=str(tmp_path))
+    first = Metrics(config, 0)
+    for step in (1, 2, 3):
+        first.alarm(step, f"look at {step}")
+    first.close()
+    second = Metrics(config, 2)
+    second.alarm(3, "look again")
+    second.close()
+    kept = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["alarm"]) for line in kept] == [(1, "look at 1"), (2, "look at 2"), (3, "look again")]

@@ -22,9 +22,7 @@ def test_what_is_kept_is_what_a_later_start_finds(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "3", '[{"start": 1}]', '[{"start": 1, "stop": 2, "taken": 3}]', "\udcff"])
 def test_a_record_that_cannot_be_read_is_one_sentence(tmp_path, content):
     (tmp_path / "rollbacks.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(
-        CheckpointError, match="rollbacks.json, which says what data the run leaves out, cannot be read"
-    ):
+    with pytest.raises(CheckpointError, match="rollbacks.json, which says what data .* cannot be read"):
         Rollbacks(tmp_path, ALONE).load()
 
 
