@@ -30,13 +30,13 @@ behaviour, rank = sys.argv[3], int(os.environ["RANK"])
 stopping = []
 if behaviour == "save":
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-if behaviour == "ignore":
+if behaviour in ("ignore", "stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(f"pid={os.getpid()} threads={os.environ['OMP_NUM_THREADS']}", flush=True)
 if behaviour == "mistake" and rank == 1:
     print("data.train names no file", file=sys.stderr)
     leave(4)
-if behaviour == "killed" and rank == 1:
+if behaviour in ("killed", "stubborn") and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "done":
     sys.exit()
@@ -168,6 +168,17 @@ def test_a_killed_rank_is_named_and_the_other_stopped(folder: Path):
     assert code == 137
     assert last == "launch: rank 1 killed by SIGKILL; exit code 137 (out of memory is the usual reason)"
     assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
+
+
+def test_ranks_that_wait_for_a_dead_one_are_not_waited_for(folder: Path):
+    """Torch gives them 30 s to end by SIGTERM, which they would meet with a step that never ends."""
+    process = local(folder, "stubborn", "--max-restarts", "0")
+    pids = started_pids(process)
+    begin = time.monotonic()
+    _, _, last = finish(process)
+    assert time.monotonic() - begin < 20
+    assert last.startswith("launch: rank 1 killed by SIGKILL; exit code 137")
+    assert not any(is_running(pid) for pid in pids)
 
 
 def test_ranks_that_fail_again_and_again_are_started_three_times_more(folder: Path):
