@@ -1,11 +1,13 @@
 """torchrun with manners: `python -m launch.torchrun` takes torchrun's arguments, all of them.
 
-Three things differ, each because of what plain torchrun does (tried with torch 2.13):
+Some things differ, each because of what plain torchrun does (tried with torch 2.13):
 
 * Signals. A third SIGTERM, which Slurm does send, makes torchrun leave at once and abandon the ranks it was
   waiting for, and a SIGUSR1 kills it and leaves them running. Here the first signal asks every rank to save
-  and stop, whatever signal it was, and later ones change nothing, except a second Ctrl-C, which kills. One that is
-  ignored when the run starts, as SIGHUP is by nohup, stays ignored.
+  and stop, whatever signal it was, and later ones change nothing, except a person's second Ctrl-C, which kills. One
+  that is ignored when the run starts, as SIGHUP is by nohup, stays ignored.
+* Restarts. Those in place (--max-restarts) come up, and happen where something gets better by them: launch/agent.py.
+* Hangs. Ranks that make no progress leave their stacks and are started again: launch/watch.py.
 * Exit codes. torchrun turns every failure into 1. Here the run's own code comes back: the one that a rank
   wrote to the file named by PRETRAIN_EXIT_CODE_FILE, else that of the rank which failed.
 * The last words. torchrun ends with some forty lines of its own; here one line says which rank failed and how,

@@ -1,8 +1,6 @@
 """`python -m pretrain COMMAND`: the command line.
 
-Exit codes: 0 done, 3 no valid checkpoint, or one of another run, 4 configuration, data or disk, 5 too many bad steps, 6
-no progress, 7 a layout that does not equal one process, 8 another job owns the run's folder now, 85 stopped as asked,
-and saved what there was to save.
+Exit codes: README.md has the table, and launch/endings.py what the launcher says of each.
 """
 
 import argparse

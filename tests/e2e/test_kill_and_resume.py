@@ -117,7 +117,8 @@ def test_a_finished_run_has_nothing_to_do(corpus, tmp_path):
 @pytest.mark.parametrize("victim", ["launcher", "rank"])
 def test_a_kill_leaves_no_process_behind(config, victim):
     """Neither ranks that train on by themselves nor idle data workers."""
-    process = start("launch", "local", config.path, "--nproc", 2, "data.workers=2", "training.steps=9999", mark=victim)
+    words = ("--nproc", 2, "--max-restarts", 0, "data.workers=2", "training.steps=9999")
+    process = start("launch", "local", config.path, *words, mark=victim)
     wait_for_step(process, config.output, 3)
     assert len(survivors(victim)) >= 7  # launcher, ranks, workers
     if victim == "launcher":

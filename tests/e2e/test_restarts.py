@@ -1,65 +1,77 @@
-"""Ranks that fail are started again in place, as long as anything gets better by it."""
+"""Ranks that fail are started again in place, by our launcher and by plain torchrun."""
+
+import json
+import os
+import signal
+import time
 
 import pytest
 
-from e2e.conftest import run
+from e2e.conftest import metrics, run, start, wait_for_step
 
-SHORT = ("data.heldout=null", "checkpoint.every=2")
-
-# The real command, whose ranks end themselves in every attempt, and say when they have met.
+# The real command, whose rank 1 kills itself in every attempt, once the ranks have met.
 FAILING = """
-import os, signal, sys
-from pretrain.parallel import mesh
-real = mesh.start_mesh
-def start_mesh(engine):
-    made = real(engine)
-    print("met" if made.world.sum(mesh.torch.ones(1)) == 2 else "alone", flush=True)
-    return made
-import pretrain.train as train
-train.start_mesh = start_mesh
+import os, signal
+import torch
+from pretrain.__main__ import main
 from pretrain.trainer import Trainer
 def fit(trainer):
-    trainer.heart.saved_step += int(os.environ["TORCHELASTIC_RESTART_COUNT"]) * {progress}
+    print("met" if trainer.mesh.world.sum(torch.ones(1)) == 2 else "alone", flush=True)
+    trainer.heart.saved_step = int(os.environ["TORCHELASTIC_RESTART_COUNT"])  # progress
     trainer.heart.beat("step", 0)
     if trainer.mesh.world.rank == 1:
-        {fault}
-    trainer.mesh.world.sum(mesh.torch.ones(1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    trainer.mesh.world.sum(torch.ones(1))
 Trainer.fit = fit
-from pretrain.__main__ import main
 main()
 """
-
-
-def failing(tmp_path, config, launcher, fault, *words, progress=0, max_restarts=100):
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(fault=fault, progress=progress))
-    start = (*launcher, "--standalone", "--nproc-per-node", 2, "--max-restarts", max_restarts, script)
-    return run(*start, "train", config.path, *SHORT, *words)
-
-
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize("launcher", ["launch.torchrun", "torch.distributed.run"])
 def test_restarts_in_place_come_up_every_time(tmp_path, config, launcher):
     """Of plain torchrun's, whose store keeps the keys of ranks that are gone, 3 of 12 did."""
-    done = failing(tmp_path, config, (launcher,), KILL, progress=1, max_restarts=5)
-    assert done.out.count("met") == 2 * 6, done.err
+    (tmp_path / "failing.py").write_text(FAILING)
+    restarts = int(os.environ.get("RESTARTS", "2"))
+    words = ("--standalone", "--nproc-per-node", 2, "--max-restarts", restarts, tmp_path / "failing.py")
+    done = run(launcher, *words, "train", config.path, "data.heldout=null")
+    assert done.out.count("met") == 2 * (restarts + 1), done.err
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "said"),
-    [
-        (KILL, 137, "launch: rank 1 killed by SIGKILL; restart 3 of at most 100"),
-        ("raise RuntimeError('of ours')", 1, "launch: rank 1 ended with 1; restart 3 of at most 100"),
-        ("from pretrain.errors import TrainingError; raise TrainingError('too many.')", 5, "too many."),
-    ],
-)
-def test_restarts_end_where_nothing_gets_better_by_them(tmp_path, config, fault, code, said):
-    done = failing(tmp_path, config, ("launch.torchrun",), fault)
-    assert done.code == code, done.err
-    assert said in done.err
-    again = 0 if code == 5 else 3
-    assert done.err.count("; restart ") == again
-    assert done.err.count("launch: 3 restarts brought no new checkpoint: not started again") == bool(again)
-    assert done.err.splitlines()[-1].startswith("launch: rank 1 ")
+def test_a_run_goes_on_with_the_machine_that_is_left_and_with_another_that_joins(config, monkeypatch):
+    """At the same global batch, in as many micro-steps as keep a rank's samples at what they were."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    options = ("data.heldout=null", "checkpoint.every=2", "objectives.contrastive.negatives=global_batch")
+    words = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 9, "--rdzv-backend", "c10d"]
+    words += ["--rdzv-id", "elastic", "--local-addr", "127.0.0.1", "--rdzv-endpoint", "127.0.0.1:29517"]
+    words += ["--rdzv-conf", "{host},last_call_timeout=3,join_timeout=60", "-m", "pretrain", "train", config.path]
+
+    def machine(host: int):
+        conf = [str(word).format(host=f"is_host={host}") for word in words]
+        return start("launch.torchrun", *conf, *options, "training.steps=9999")
+
+    first, second = machine(1), machine(0)
+    wait_for_step(first, config.output, 3)
+    assert layout(config) == (2, 1)
+    second.kill()  # its rank goes with it
+    wait_until(lambda: layout(config) == (1, 2))
+    third = machine(0)
+    wait_until(lambda: layout(config) == (2, 1))
+    first.send_signal(signal.SIGTERM)
+    ends = [machine.communicate(timeout=60) for machine in (first, third)]
+    assert [first.returncode, third.returncode] == [85, 85], ends
+    steps = [step["step"] for step in metrics(config.output)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def layout(config) -> tuple[int, int]:
+    """Data-parallel ranks and micro-steps of the newest checkpoint."""
+    newest = max((config.output / "checkpoints").glob("step-*"))
+    saved = json.loads((newest / "run.json").read_text())
+    return saved["layout"]["dp"], saved["config"]["training"]["accumulation"]
+
+
+def wait_until(condition, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -90,7 +90,6 @@ def test_a_second_ctrl_c_ends_a_process_that_cannot_finish_its_step_and_a_repeat
     assert any("busy" in line for line in process.stdout)
     for _ in range(3):  # as `timeout -s INT` sends it, to the process and to its group
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)

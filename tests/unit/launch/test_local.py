@@ -30,13 +30,13 @@ behaviour, rank = sys.argv[3], int(os.environ["RANK"])
 stopping = []
 if behaviour == "save":
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-if behaviour == "ignore":
+if behaviour in ("ignore", "stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(f"pid={os.getpid()} threads={os.environ['OMP_NUM_THREADS']}", flush=True)
 if behaviour == "mistake" and rank == 1:
     print("data.train names no file", file=sys.stderr)
     leave(4)
-if behaviour == "killed" and rank == 1:
+if behaviour in ("killed", "stubborn") and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "done":
     sys.exit()
@@ -57,10 +57,10 @@ def load_config(path, overrides):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose `pretrain` package is a stand-in."""
+    """A folder whose `pretrain` package is the real one, but for a stand-in of the trainer and of the config."""
     package = tmp_path / "pretrain"
     package.mkdir()
-    (package / "__init__.py").touch()
+    (package / "__init__.py").write_text(f"__path__.append({str(REPOSITORY / 'pretrain')!r})\n")
     (package / "__main__.py").write_text(TRAINER)
     (package / "config.py").write_text(CONFIG)
     return tmp_path
@@ -79,8 +79,8 @@ def launch(folder: Path, *words: str, module: str = "launch", **options: Any) ->
     )
 
 
-def local(folder: Path, behaviour: str, **options: Any) -> subprocess.Popen[str]:
-    return launch(folder, "local", "x.yaml", "--nproc", "2", behaviour, **options)
+def local(folder: Path, behaviour: str, *words: str, **options: Any) -> subprocess.Popen[str]:
+    return launch(folder, "local", "x.yaml", "--nproc", "2", *words, behaviour, **options)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -164,8 +164,30 @@ def test_a_ranks_own_exit_code_and_sentence_reach_the_user(folder: Path):
 
 
 def test_a_killed_rank_is_named_and_the_other_stopped(folder: Path):
-    code, out, last = finish(local(folder, "killed"))
+    code, out, last = finish(local(folder, "killed", "--max-restarts", "0"))
     assert code == 137
+    assert last == "launch: rank 1 killed by SIGKILL; exit code 137 (out of memory is the usual reason)"
+    assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
+
+
+def test_ranks_that_wait_for_a_dead_one_are_not_waited_for(folder: Path):
+    """Torch gives them 30 s to end by SIGTERM, which they would meet with a step that never ends."""
+    process = local(folder, "stubborn", "--max-restarts", "0")
+    pids = started_pids(process)
+    begin = time.monotonic()
+    _, _, last = finish(process)
+    assert time.monotonic() - begin < 20
+    assert last.startswith("launch: rank 1 killed by SIGKILL; exit code 137")
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_ranks_that_fail_again_and_again_are_started_three_times_more(folder: Path):
+    process = local(folder, "killed")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 137
+    *restarts, enough, last = err.strip().splitlines()
+    assert restarts == [f"launch: rank 1 killed by SIGKILL; restart {n} of at most 100" for n in (1, 2, 3)]
+    assert enough == "launch: 3 restarts brought no new checkpoint: not started again"
     assert last == "launch: rank 1 killed by SIGKILL; exit code 137 (out of memory is the usual reason)"
     assert not any(is_running(int(pid)) for pid in re.findall(r"pid=(\d+)", out))
 

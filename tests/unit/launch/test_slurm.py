@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,20 +29,29 @@ export INSIDE=apptainer
 exec "$@"
 """
 PYTHON = """
+[ "$2" != launch.torchrun ] || echo "the time ends at ${SLURM_JOB_END_TIME:-no time}" >> calls
 echo "${INSIDE:-outside}: python $*" >> calls
 case "$2" in
     launch.torchrun)
-        printf %s "$CODE" > "$PRETRAIN_EXIT_CODE_FILE"
-        [ -z "$CODE" ] || exit 1 ;;
+        printf %s "${CODE#0}" > "$PRETRAIN_EXIT_CODE_FILE"
+        [ -z "${CODE#0}" ] || exit 1 ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
+"""
+
+SCONTROL = """
+[ "$1" != requeue ] || echo "scontrol $*" >> calls
+seq -f n%.0f 20000
+"""
+SQUEUE = """
+[ -z "$ENDS_IN" ] && echo N/A || date -d "+$ENDS_IN seconds" +%Y-%m-%dT%H:%M:%S
 """
 
 
 @pytest.fixture
 def job(tmp_path):
     """Runs the script in a folder of its own; returns its exit code, its errors and what was called."""
-    commands = {"srun": SRUN, "apptainer": APPTAINER, "python": PYTHON, "scontrol": "seq -f n%.0f 20000"}
+    commands = {"srun": SRUN, "apptainer": APPTAINER, "python": PYTHON, "scontrol": SCONTROL, "squeue": SQUEUE}
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}")
@@ -55,6 +65,7 @@ def job(tmp_path):
             "PYTHONPATH": str(REPOSITORY),
             "REAL_PYTHON": sys.executable,
             "CODE": str(code),
+            "ENDS_IN": "",
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "n[1-2]",
@@ -83,6 +94,23 @@ def test_a_job_ends_with_the_code_that_a_rank_left(job, code):
     assert done.code == code
     assert f"job 7 ended with {code}" in done.out
     assert not list(done.folder.glob("*.exit-code*"))
+
+
+@pytest.mark.parametrize(
+    ("code", "ends_in", "requeue", "again"),
+    [(85, 300, "1", True), (85, 300, "0", False), (85, 7200, "1", False), (5, 300, "1", False), (0, 300, "1", False)],
+)
+def test_a_job_that_is_out_of_time_is_queued_again_where_that_is_asked_for(job, code, ends_in, requeue, again):
+    done = job("x.yaml", code=code, REQUEUE=requeue, ENDS_IN=str(ends_in))
+    assert done.code == code
+    assert ("scontrol requeue 7" in done.calls) == again
+    assert ("job 7 is queued again, and goes on from there" in done.out) == again
+    said = next(int(call.split()[-1]) for call in done.calls if call.startswith("the time ends at "))
+    assert said == pytest.approx(time.time() + ends_in, abs=60)
+
+
+def test_a_job_without_a_known_end_is_left_alone(job):
+    assert "the time ends at no time" in job("x.yaml").calls
 
 
 def test_a_mistake_in_the_config_ends_the_job_before_the_ranks_start(job):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.endings import describe, read_exit_code, root_cause
 from launch.environment import count_cores
-from launch.torchrun import describe, environment_for, main, read_exit_code, root_cause
+from launch.torchrun import environment_for, main
 
 
 @pytest.mark.parametrize(

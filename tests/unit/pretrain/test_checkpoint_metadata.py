@@ -251,8 +251,13 @@ def test_nothing_is_loaded_of_a_checkpoint_that_lacks_something(store, fragment,
 
 def whole_run(**changes):
     config = {"seed": 0, "data": {}, "model": {}, "objectives": {"matching": None, "contrastive": {}}, "more": 1}
-    counts = dict.fromkeys(("step", "applied_steps", "skipped_steps", "bad_samples", "samples"), 7)
-    return {**counts, "data": {}, "config": config, "tokenizer": "x", "layout": {"dp": 2}, "more": 1} | changes
+    counts = dict.fromkeys(("step", "applied_steps", "bad_samples", "samples"), 7)
+    sections = {"data": {}, "config": config, "health": health(), "elastic": {}, "layout": {"dp": 2}}
+    return {**counts, **sections, "tokenizer": "x", "more": 1} | changes
+
+
+def health(**changes):
+    return {"losses": [1.5], "skipped": 2, "skipped_lately": [5]} | changes
 
 
 @pytest.mark.parametrize(
@@ -261,7 +266,8 @@ def whole_run(**changes):
         ({"applied_steps": None}, "applied_steps: Input should be a valid integer"),
         ({"applied_steps": -1}, "applied_steps: Input should be greater than or equal to 0"),
         ({"samples": 10**40}, "samples: Input should be less than or equal to"),
-        ({"skipped_steps": "7"}, "skipped_steps: Input should be a valid integer"),
+        ({"health": health(skipped="7")}, "health.skipped: Input should be a valid integer"),
+        ({"health": health(losses=["x"])}, "health.losses.0: Input should be a valid number"),
         ({"config": []}, "config: Input should be a valid dictionary"),
         ({"config": {}}, "config.seed: Field required"),
         ({"config": whole_run()["config"] | {"objectives": []}}, "config.objectives: Input should be a valid dict"),
