@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import cannot_write
+from data_pipelines.redaction import redacted
 from data_pipelines.text import to_json
 from pretrain.config import Config
 from pretrain.lease import Lease
@@ -122,7 +123,7 @@ class Metrics:
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
         self._check_owner()
-        lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
+        lines = (redacted(to_json({"step": step, **asdict(sample)})) for sample in samples)
         with (
             self._surviving_a_full_disk(),
             (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file,
