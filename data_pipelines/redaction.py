@@ -11,7 +11,7 @@ _PATTERNS = (
     # user:password@ of a URL, with or without its scheme
     (re.compile(rf"({_SCHEME}|//)[^/\s'\"<>]*@"), r"\1"),
     # a URL's query, of which any part may be a signature
-    (re.compile(rf"({_SCHEME}[^\s'\"<>?]*\?)[^\s'\"<>)]*"), rf"\1{_HIDDEN}"),
+    (re.compile(rf"({_SCHEME}[^\s'\"<>?]*\?)[^\s'\"<>)]*[^\s'\"<>).,:;]"), rf"\1{_HIDDEN}"),
     # what signs a request, wherever it stands: errors of clients cut URLs to pieces
     (
         re.compile(

@@ -22,7 +22,8 @@ An owner that is silent may be frozen or cut off, and come back. The number, not
 * A checkpoint that it had in flight is gone: the new owner sweeps before it chooses where to go on, so that a commit
   which was frozen between look and rename finds nothing to rename. One that commits before the sweep is a valid
   checkpoint of this run, and the new owner goes on from it.
-* Files that it holds open are no longer the run's: the new owner puts copies in their place.
+* The metrics.jsonl that it holds open is no longer the run's: the new owner has put a file of its own in its place.
+  TensorBoard's files are one job's alone, and nothing is written into them after a look that finds a higher number.
 
 The renewal comes from a thread of the main process. In a process of its own it would outlive a trainer that is stopped
 or killed; a thread stops with it. From the main thread alone it would stop during every long start, evaluation and
@@ -53,11 +54,9 @@ _FOLDER = ".lease"
 class Lease:
     """This job's ownership of a run's folder, from `take` to `release`."""
 
-    def __init__(self, folder: Path, number: int, after_silence: bool) -> None:
+    def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
         self.number = number
-        self.after_silence = after_silence
-        """Whether the owner before did not say that it ended, and may yet write into files that it holds open."""
         self._lost: str | None = None
         self._renewed_at = self._sign_of_life_at = time.monotonic()
         self._over = threading.Event()
@@ -141,7 +140,7 @@ def take(folder: Path) -> Lease:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(f"the run's folder {folder} (output)", error) from None
-    return Lease(folder, number, after_silence=before is not None and "ended" not in before.owner)
+    return Lease(folder, number)
 
 
 class _Seen(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,7 @@ class Metrics:
         Args:
             config: the run's.
             first_step: the step the run goes on from: what an interrupted start wrote beyond it goes.
-            lease: checked before each step is written.
+            lease: checked before anything is written; then `FencedError`.
         """
         self.steps = config.training.steps
         self.folder = config.output
@@ -71,8 +70,6 @@ class Metrics:
         threading.excepthook = _without_boards
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
-            if lease and lease.after_silence:
-                _take_from_writers(self.folder / "tensorboard")
             # Two runs to TensorBoard, so that curves of one name share a card.
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             self._heldout_board = SummaryWriter(self.folder / "tensorboard" / "heldout", purge_step=first_step + 1)
@@ -89,11 +86,7 @@ class Metrics:
             self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One optimizer step's values, by name.
-
-        Raises:
-            FencedError: another job has taken over the folder.
-        """
+        """One optimizer step's values, by name."""
         self._check_owner()
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
         with self._surviving_a_full_disk():
@@ -103,12 +96,14 @@ class Metrics:
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """What evaluation after `step`, the last one, found: `heldout/...` in the line of that step."""
+        self._check_owner()
         if self._last_written == step:
             self._add({f"heldout/{name}": value for name, value in values.items()})
         self._show(self._heldout_board, step, values)
 
     def checkpoint(self, values: dict[str, float]) -> None:
         """What a save took that was done after the last step: `checkpoint/...` in the line of that step."""
+        self._check_owner()
         named = {f"checkpoint/{name}": value for name, value in values.items()}
         if self._last_with_checkpoint < self._last_written:  # once per line: a name is in it once
             self._add(named)
@@ -213,14 +208,6 @@ def _append(file: BinaryIO, line: bytes, instead_of: bytes = b"") -> None:
         file.seek(start)
         file.write(instead_of)
         raise
-
-
-def _take_from_writers(folder: Path) -> None:
-    """Puts copies in place of files that an earlier owner may hold open: what it still writes is seen by nobody."""
-    for path in [path for path in folder.rglob("events.*") if path.is_file()]:
-        temporary = path.with_name(".copy")
-        shutil.copyfile(path, temporary)
-        temporary.replace(path)
 
 
 def _open_at(path: Path, step: int) -> BinaryIO:
