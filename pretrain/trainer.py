@@ -24,7 +24,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.transfer import start_from
 from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError
+from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import SkippedSteps
 from pretrain.lease import Lease
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
@@ -58,7 +58,7 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every)
+        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
         self.store = CheckpointStore(
             config.output / "checkpoints",
             mesh.world,
@@ -151,6 +151,9 @@ class Trainer:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
+        except TrainingError:  # on all ranks together
+            self.saving.settle(wait=True)
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -262,6 +265,7 @@ class Trainer:
             return
         values = self._by_objective(found.losses, found.counts) | found.retrieval
         self.metrics.heldout(self.step, values)
+        self.saving.rate(self.step, values)
         figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
         if found.retrieval:
             figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")

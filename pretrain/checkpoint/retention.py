@@ -1,9 +1,12 @@
 """Which checkpoints stay on disk."""
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from data_pipelines.text import to_json
 
 SCORES = "scores.json"
 _PIN = "PINNED"
@@ -20,11 +23,14 @@ class Keep:
 
     def superfluous(self, steps: Sequence[int], scores: Mapping[int, float], pinned: Collection[int]) -> list[int]:
         """Those of the ascending steps that may go."""
+        kept = {*steps[-self.newest :], self.best_of(steps, scores), *pinned}
+        return [step for step in steps if step not in kept and not (self.every and step % self.every == 0)]
+
+    def best_of(self, steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
+        """The step of the best checkpoint, if that is known."""
         rated = [step for step in steps if step in scores]
         pick = min if self.best and self.best.startswith("loss") else max
-        best = [pick(rated, key=scores.__getitem__)] if self.best and rated else []
-        kept = {*steps[-self.newest :], *best, *pinned}
-        return [step for step in steps if step not in kept and not (self.every and step % self.every == 0)]
+        return pick(rated, key=scores.__getitem__) if self.best and rated else None
 
 
 def pin(checkpoint: Path) -> None:
@@ -40,10 +46,24 @@ def is_pinned(checkpoint: Path) -> bool:
     return (checkpoint / _PIN).exists()
 
 
-def read_scores(folder: Path) -> dict[int, float]:
-    """By step, what held-out data said; nothing if that is not to be read, which costs the best its place."""
+def read_scores(folder: Path, metric: str | None) -> dict[int, float]:
+    """By step, what a metric was on held-out data; nothing if that cannot be read, which costs the best its place."""
     try:
         found = json.loads((folder / SCORES).read_bytes())
-        return {int(step): float(score) for step, score in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {int(step): float(score) for step, score in found[metric].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def add_score(folder: Path, metric: str, step: int, score: float) -> None:
+    """Notes what a metric was after a step.
+
+    Raises:
+        OSError: the disk is full, gone or read-only.
+    """
+    if math.isfinite(score):
+        scores = {str(there): value for there, value in read_scores(folder, metric).items()} | {str(step): score}
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{SCORES}"
+        temporary.write_text(to_json({metric: scores}))
+        temporary.replace(folder / SCORES)

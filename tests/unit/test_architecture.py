@@ -63,7 +63,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.parallel.tensor"),
-        *("pretrain.screen", "pretrain.config", "pretrain.errors"),
+        *("pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines.text"),
     ),
     "pretrain.figures": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
