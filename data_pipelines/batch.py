@@ -38,7 +38,7 @@ def known_tensors() -> set[str]:
 class BadSample:
     """A sample that could not be used; another of its window stands in its place."""
 
-    shard: str
+    shard: str  # as messages show it
     key: str
     reason: str
 

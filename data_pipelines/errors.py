@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from data_pipelines.redaction import redacted
 from data_pipelines.text import counted
 
 _MOST_NAMED = 20
@@ -14,10 +15,14 @@ _MOST_NAMED = 20
 class UserError(Exception):
     """Something outside the code is wrong: the message names it, the values and the fix.
 
-    The command line prints the message without a traceback and exits with `exit_code`.
+    The command line prints the message without a traceback and exits with `exit_code`. What is secret in it, such as
+    the signature of a URL that a server's client speaks of, is left out.
     """
 
     exit_code = 4
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class DataError(UserError):

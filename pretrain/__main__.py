@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 from data_pipelines.command_line import parse, parser_of
 from data_pipelines.errors import UserError
+from data_pipelines.redaction import redacted
 from pretrain.errors import StoppedError
 from pretrain.screen import forget_unsaid
 from pretrain.stopping import Interrupted
@@ -27,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    sys.excepthook = _show_fault
     options = parse(parser(), sys.argv[1:])
     try:
         options.run(options)
@@ -41,6 +45,12 @@ def main() -> None:
         sys.exit(code)
     finally:
         forget_unsaid()
+
+
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback as Python prints it, without the secrets that a message may repeat."""
+    with suppress(OSError):
+        print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
 
 
 def _leave(error: UserError) -> None:

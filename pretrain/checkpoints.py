@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from pretrain.checkpoint.identity import changes
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.retention import Keep, is_pinned, pin, read_scores, unpin
 from pretrain.checkpoint.verify import glance, read_run, verify
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.lease import take
 from pretrain.parallel.mesh import ALONE
 from pretrain.screen import say
@@ -40,7 +40,8 @@ class Row(NamedTuple):
     size: str
     layout: str
     saved: str
-    pinned: str
+    stays: str
+    """Why, whatever comes after it."""
     problem: str | None
 
 
@@ -50,6 +51,8 @@ def main(arguments: Namespace) -> None:
     Raises:
         UserError: it cannot be done, or a checkpoint is not valid.
     """
+    if arguments.keep is not None and (arguments.keep < 1 or not arguments.prune):
+        raise ConfigError(f"--keep {arguments.keep} is for --prune, and 1 or more.")
     if arguments.prune:
         prune(arguments.run_folder, arguments.keep)
     elif arguments.diff:
@@ -75,7 +78,8 @@ def show(run: Path, *, thoroughly: bool) -> None:
     folder = run / "checkpoints"
     steps, others = _contents(folder)
     check: Callable[[Path], str | None] = (lambda path: verify(path, ALONE)) if thoroughly else glance
-    rows = [_row(folder / name_of(step), step, check) for step in steps]
+    best = _best(folder, steps)
+    rows = [_row(folder / name_of(step), step, "best" if step == best else "", check) for step in steps]
     table = Table()
     for heading in ("step", "size", "layout", "saved", "", "verified" if thoroughly else "valid"):
         table.add_column(heading, justify="right" if heading in ("step", "size") else "left")
@@ -115,8 +119,7 @@ def prune(run: Path, newest: int | None) -> None:
     last = folder / name_of(steps[-1])
     if problem := verify(last, ALONE):
         raise CheckpointError(f"Nothing is removed, because the newest checkpoint, {last}, is not valid ({problem}).")
-    settings = read_run(last)["config"]["checkpoint"]
-    keep = Keep(newest or settings["keep"], settings["keep_every"], settings["best"])
+    keep = _rule(last, newest)
     lease = take(run)
     try:
         pinned = [step for step in steps if is_pinned(folder / name_of(step))]
@@ -199,7 +202,7 @@ def _batches(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[
         yield batch
 
 
-def _row(checkpoint: Path, step: int, check: Callable[[Path], str | None]) -> Row:
+def _row(checkpoint: Path, step: int, stays: str, check: Callable[[Path], str | None]) -> Row:
     size = layout = saved = ""
     with suppress(OSError):
         size = f"{sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20:,.1f} MiB"
@@ -207,7 +210,22 @@ def _row(checkpoint: Path, step: int, check: Callable[[Path], str | None]) -> Ro
     with suppress(OSError, ValueError, KeyError, TypeError):
         ranks = read_run(checkpoint)["layout"]
         layout = "dp {dp} x tp {tp} x pp {pp}, ZeRO {zero_stage}".format_map(ranks)
-    return Row(step, size, layout, saved, "pinned" if is_pinned(checkpoint) else "", check(checkpoint))
+    if is_pinned(checkpoint):
+        stays = f"{stays} pinned".strip()
+    return Row(step, size, layout, saved, stays, check(checkpoint))
+
+
+def _rule(checkpoint: Path, newest: int | None = None) -> Keep:
+    """What the run that saved a checkpoint keeps."""
+    settings = read_run(checkpoint)["config"]["checkpoint"]
+    return Keep(newest or settings["keep"], settings["keep_every"], settings["best"])
+
+
+def _best(folder: Path, steps: Sequence[int]) -> int | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # the newest may be damaged
+        rule = _rule(folder / name_of(steps[-1]))
+        return rule.best_of(steps, read_scores(folder, rule.best))
+    return None
 
 
 def _contents(folder: Path) -> tuple[list[int], list[str]]:

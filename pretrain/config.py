@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipelines.config import DataConfig, Section
+from data_pipelines.redaction import redacted
 from pretrain.config_text.problems import sentences
 from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
@@ -332,6 +333,20 @@ def _checked(tree: Tree, overrides: Sequence[str]) -> Config:
     for override in overrides:
         lay_over(tree, override, Config)
     try:
-        return Config.model_validate(tree.values)
+        config = Config.model_validate(tree.values)
     except ValidationError as error:
         raise ConfigError("\n".join(sentences(error, Config, tree))) from None
+    _check_secrets(config.model_dump(mode="json"), tree.source)
+    return config
+
+
+def _check_secrets(value: Any, source: str, key: str = "") -> None:
+    """Refuses what config.yaml, run.json and TensorBoard would show to everybody."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_secrets(inner, source, f"{key}.{name}" if key else name)
+    elif isinstance(value, str) and (without := redacted(value)) != value:
+        raise ConfigError(
+            f"{source}: {key} is {without}, and what is not shown of it is a password, a signature or a key, which the "
+            f"run's folder would keep for all to read: give it to the client in its own configuration or environment."
+        )

@@ -22,7 +22,8 @@ An owner that is silent may be frozen or cut off, and come back. The number, not
 * A checkpoint that it had in flight is gone: the new owner sweeps before it chooses where to go on, so that a commit
   which was frozen between look and rename finds nothing to rename. One that commits before the sweep is a valid
   checkpoint of this run, and the new owner goes on from it.
-* Files that it holds open are no longer the run's: the new owner puts copies in their place.
+* The metrics.jsonl that it holds open is no longer the run's: the new owner has put a file of its own in its place.
+  TensorBoard's files are one job's alone, and nothing is written into them after a look that finds a higher number.
 
 The renewal comes from a thread of the main process. In a process of its own it would outlive a trainer that is stopped
 or killed; a thread stops with it. From the main thread alone it would stop during every long start, evaluation and
@@ -53,11 +54,10 @@ _FOLDER = ".lease"
 class Lease:
     """This job's ownership of a run's folder, from `take` to `release`."""
 
-    def __init__(self, folder: Path, number: int, after_silence: bool) -> None:
+    def __init__(self, folder: Path, number: int, text: str) -> None:
         self.folder = folder
         self.number = number
-        self.after_silence = after_silence
-        """Whether the owner before did not say that it ended, and may yet write into files that it holds open."""
+        self._text = text
         self._lost: str | None = None
         self._renewed_at = self._sign_of_life_at = time.monotonic()
         self._over = threading.Event()
@@ -90,7 +90,7 @@ class Lease:
         with suppress(OSError):
             path = _path(self.folder, self.number)
             ended = path.with_suffix(".tmp")
-            ended.write_text(json.dumps(_this_job() | {"ended": _now()}), encoding="utf-8")
+            ended.write_text(json.dumps(json.loads(self._text) | {"ended": _now()}), encoding="utf-8")
             ended.replace(path)
 
     def _renew(self) -> str | None:
@@ -104,7 +104,8 @@ class Lease:
             newest = _newest(self.folder)
         except OSError:
             return None
-        if newest is None or newest.number != self.number:
+        # The same number with another text: someone removed the folder, and a new job began in one of its name.
+        if newest is None or (newest.number, newest.text) != (self.number, self._text):
             self._lost = (
                 f"The run's folder {self.folder} is now in use {newest.who() if newest else 'by another job'}, which "
                 f"took it over from this one: this job ends, and leaves alone what is there."
@@ -125,6 +126,7 @@ def take(folder: Path) -> Lease:
         StorageError: another job uses it.
         DataError: it cannot be made or written to.
     """
+    text = json.dumps(_this_job())
     try:
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         while True:
@@ -132,7 +134,7 @@ def take(folder: Path) -> Lease:
             number = before.number + 1 if before else 1
             try:
                 with _path(folder, number).open("x", encoding="utf-8") as file:
-                    file.write(json.dumps(_this_job()))
+                    file.write(text)
                 break
             except FileExistsError:  # another job was faster
                 continue
@@ -141,7 +143,7 @@ def take(folder: Path) -> Lease:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(f"the run's folder {folder} (output)", error) from None
-    return Lease(folder, number, after_silence=before is not None and "ended" not in before.owner)
+    return Lease(folder, number, text)
 
 
 class _Seen(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import cannot_write
+from data_pipelines.redaction import redacted
 from data_pipelines.text import to_json
 from pretrain.config import Config
 from pretrain.lease import Lease
@@ -62,7 +62,7 @@ class Metrics:
         Args:
             config: the run's.
             first_step: the step the run goes on from: what an interrupted start wrote beyond it goes.
-            lease: checked before each step is written.
+            lease: checked before anything is written; then `FencedError`.
         """
         self.steps = config.training.steps
         self.folder = config.output
@@ -71,8 +71,6 @@ class Metrics:
         try:
             self._jsonl = _open_at(self.folder / "metrics.jsonl", first_step)
             self._alarms = _open_at(self.folder / "alarms.jsonl", first_step)
-            if lease and lease.after_silence:
-                _take_from_writers(self.folder / "tensorboard")
             # Two runs to TensorBoard, so that curves of one name share a card.
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             self._heldout_board = SummaryWriter(self.folder / "tensorboard" / "heldout", purge_step=first_step + 1)
@@ -89,11 +87,7 @@ class Metrics:
             self._board.add_text("run", f"| | |\n|---|---|\n{rows}\n```yaml\n{text}```", 0)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One optimizer step's values, by name.
-
-        Raises:
-            FencedError: another job has taken over the folder.
-        """
+        """One optimizer step's values, by name."""
         self._check_owner()
         self._recent_s = [*self._recent_s[-49:], values["time/step_s"]]
         with self._surviving_a_full_disk():
@@ -103,6 +97,7 @@ class Metrics:
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """What evaluation after `step`, the last one, found: `heldout/...` in the line of that step."""
+        self._check_owner()
         if self._last_written == step:
             self._add({f"heldout/{name}": value for name, value in values.items()})
         self._show(self._heldout_board, step, values)
@@ -115,6 +110,7 @@ class Metrics:
 
     def checkpoint(self, values: dict[str, float]) -> None:
         """What a save took that was done after the last step: `checkpoint/...` in the line of that step."""
+        self._check_owner()
         named = {f"checkpoint/{name}": value for name, value in values.items()}
         if self._last_with_checkpoint < self._last_written:  # once per line: a name is in it once
             self._add(named)
@@ -129,7 +125,7 @@ class Metrics:
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""
         self._check_owner()
-        lines = (to_json({"step": step, **asdict(sample)}) for sample in samples)
+        lines = (redacted(to_json({"step": step, **asdict(sample)})) for sample in samples)
         with (
             self._surviving_a_full_disk(),
             (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file,
@@ -220,14 +216,6 @@ def _append(file: BinaryIO, line: bytes, instead_of: bytes = b"") -> None:
         file.seek(start)
         file.write(instead_of)
         raise
-
-
-def _take_from_writers(folder: Path) -> None:
-    """Puts copies in place of files that an earlier owner may hold open: what it still writes is seen by nobody."""
-    for path in [path for path in folder.rglob("events.*") if path.is_file()]:
-        temporary = path.with_name(".copy")
-        shutil.copyfile(path, temporary)
-        temporary.replace(path)
 
 
 def _open_at(path: Path, step: int) -> BinaryIO:

@@ -1,8 +1,10 @@
-"""Lines for whoever watches a run. A line that cannot be shown is lost; the run goes on."""
+"""Lines for whoever watches a run, without secrets. A line that cannot be shown is lost; the run goes on."""
 
 import contextlib
 import os
 import sys
+
+from data_pipelines.redaction import redacted
 
 
 def say(text: str) -> None:
@@ -10,7 +12,7 @@ def say(text: str) -> None:
     # What a full disk does not take stays in the buffer, and comes with a later line once there is room.
     with contextlib.suppress(OSError, ValueError):
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(redacted(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def forget_unsaid() -> None:

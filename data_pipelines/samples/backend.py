@@ -13,7 +13,8 @@ def load_wrapper(path: Path):
     from transformers import AutoTokenizer  # takes seconds, and most runs use sentencepiece
 
     try:
-        wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Told not to, it refuses a tokenizer that brings code of its own; asked nothing, it would ask on the terminal.
+        wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         backend = wrapper.backend_tokenizer
         if isinstance(backend.model, models.WordPiece):  # of more characters, 100 as saved, it makes one unknown piece
             backend.model.max_input_chars_per_word = MAX_CAPTION_BYTES

@@ -12,7 +12,7 @@ from data_pipelines.errors import DataError, cannot_open
 from data_pipelines.shards.manifest import write_atomically
 from data_pipelines.shards.sample import Fault, fix_of
 from data_pipelines.shards.scan import detail_of, label_at
-from data_pipelines.storage.addresses import file_name
+from data_pipelines.storage.addresses import file_name, shown
 from data_pipelines.storage.source import ByteSource
 from data_pipelines.text import open_text, to_json
 
@@ -56,7 +56,8 @@ class Problem:
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Writes one JSON object per line."""
-    rows = ({name: value for name, value in asdict(found).items() if name != "detail" or value} for found in problems)
+    shown_ones = (asdict(found) | {"shard": shown(found.shard)} for found in problems)
+    rows = ({name: value for name, value in found.items() if name != "detail" or value} for found in shown_ones)
     text = "".join(to_json(row) + "\n" for row in rows)
     write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
@@ -83,8 +84,8 @@ class Exclusions:
             return found
         numbers: dict[str, list[int]] = defaultdict(list)
         for number, location in enumerate(locations):
-            numbers[location].append(number)
-            numbers[file_name(location)].append(number)
+            for name in {location, shown(location), file_name(location)}:
+                numbers[name].append(number)
         for shard, key in _entries(path):
             candidates = numbers.get(shard) or numbers.get(file_name(shard), [])
             alike = [_common_end(shard, locations[number]) for number in candidates]

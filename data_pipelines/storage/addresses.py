@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from data_pipelines.errors import DataError
+from data_pipelines.redaction import redacted
 
 
 def is_remote(location: str) -> bool:
@@ -17,12 +18,7 @@ def is_remote(location: str) -> bool:
 
 def shown(location: str) -> str:
     """A location as messages print it: without user, password and query, which may hold a signature."""
-    return scrubbed(location) if is_remote(location) else location
-
-
-def scrubbed(text: str) -> str:
-    text = re.sub(r"//[^/\s]*@", "//", text)
-    return re.sub(r"\?[^\s'\"<>)]*", "?...", text)
+    return redacted(location) if is_remote(location) else location
 
 
 def file_name(location: str) -> str:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.addresses import scheme_and_host, scrubbed, shown
+from data_pipelines.storage.addresses import scheme_and_host, shown
 
 # fsspec's event loop, and so its thread, starts with the first file system. A forked process makes its own: the loop
 # does not survive a fork, and clearing fsspec's own cache there would close the parent's connections.
@@ -31,7 +31,7 @@ def filesystem_of(location: str) -> tuple[Any, str]:
             ) from None
         except ValueError as error:
             raise DataError(
-                f"{shown(location)} cannot be opened ({scrubbed(str(error))}): use a path or a URL that fsspec knows, "
+                f"{shown(location)} cannot be opened ({error}): use a path or a URL that fsspec knows, "
                 f"such as https://, s3:// or gs://."
             ) from None
         if scheme in ("s3", "s3a"):

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.addresses import encoded, is_remote, scrubbed, shown, without_version
+from data_pipelines.storage.addresses import encoded, is_remote, shown, without_version
 from data_pipelines.storage.filesystems import filesystem_of
 from data_pipelines.storage.patience import Patience, patiently
 from data_pipelines.storage.source import CHUNK, sha256_of
@@ -211,8 +211,7 @@ class HttpFile(_RangedFile):
             )
         except (ValueError, aiohttp.ClientConnectorCertificateError) as error:
             raise DataError(
-                f"Shard {shown(self._location)} cannot be opened ({scrubbed(str(error))}): mend the URL or the "
-                f"server's certificate."
+                f"Shard {shown(self._location)} cannot be opened ({error}): mend the URL or the server's certificate."
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise transient(error) from None

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from data_pipelines.errors import DataError, MissingError
-from data_pipelines.storage.addresses import scrubbed, shown
+from data_pipelines.storage.addresses import shown
 
 AGAIN = "restore it, or write the manifest again with `python -m data_pipelines index`"
 
@@ -58,12 +58,12 @@ def s3_refusal(error: Exception) -> Answer | None:
 
 
 def transient(error: Exception) -> TransientError:
-    return TransientError(f"{type(error).__name__} ({scrubbed(str(error))})")
+    return TransientError(f"{type(error).__name__} ({error})")
 
 
 def refused(location: str, answer: Answer) -> Exception:
     """The error to raise for an answer that brings no bytes."""
-    said = f"the server answered {answer.status} {scrubbed(answer.reason)}".rstrip()
+    said = f"the server answered {answer.status} {answer.reason}".rstrip()
     if answer.status in (408, 425, 429) or answer.status >= 500:
         wait = answer.headers.get("retry-after", "")
         return TransientError(said, float(wait) if wait.isdecimal() else 0.0)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import DataError
 from data_pipelines.shards.tar import printable
-from data_pipelines.storage.addresses import shown
 
 
 class BadSampleBudget:
@@ -40,7 +39,7 @@ class BadSampleBudget:
         self.num_seen += num_seen
         if not bad or self.num_bad <= self._max_samples + self._max_fraction * self.num_seen:
             return
-        last = f"{printable(bad[-1].key)} in shard {shown(bad[-1].shard)}: {bad[-1].reason}"
+        last = f"{printable(bad[-1].key)} in shard {bad[-1].shard}: {bad[-1].reason}"
         counts = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
         raise DataError(
             f"{self.num_bad:,} of {self.num_seen:,} samples had to be replaced (since the start or resume: {counts}; "

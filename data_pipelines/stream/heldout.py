@@ -142,7 +142,7 @@ class _Split:
 
     def bad(self, number: int, sample: Sample | SampleError, error: SampleError) -> BadSample:
         shard = int(np.searchsorted(self._stops, number, side="right"))
-        return BadSample(self._manifest.shards[shard].location, sample.key, str(error))
+        return BadSample(shown(self._manifest.shards[shard].location), sample.key, str(error))
 
 
 class _Examination(BatchDataset[Examined]):
@@ -202,4 +202,4 @@ def _record(pair: Pair) -> Record:
 
 
 def _named(bad: BadSample) -> str:
-    return f"sample {printable(bad.key)} in shard {shown(bad.shard)}: {bad.reason}"
+    return f"sample {printable(bad.key)} in shard {bad.shard}: {bad.reason}"

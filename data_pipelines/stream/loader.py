@@ -260,7 +260,7 @@ class _TrainingBatches(BatchDataset):
         rows = self._assembler.rows(pairs)
         for item, (shard, sample, row) in enumerate(zip(shards.tolist(), samples, rows, strict=True)):
             if isinstance(row, SampleError):
-                bad.append(BadSample(source.manifest.shards[shard].location, sample.key, str(row)))
+                bad.append(BadSample(shown(source.manifest.shards[shard].location), sample.key, str(row)))
                 row = self._replacement(source, epoch, number, item, first + item, bad[-1])
             yield row
 
@@ -271,7 +271,7 @@ class _TrainingBatches(BatchDataset):
                 return self._assembler.row(draw_pair(source.reader.read(*place), position, self._seed))
         raise DataError(
             f"No sample of a whole window of {source.order.window:,} can be used; one is {printable(bad.key)} in shard "
-            f"{shown(bad.shard)}: {bad.reason}. Check how these shards were made."
+            f"{bad.shard}: {bad.reason}. Check how these shards were made."
         )
 
     def _locate(self, segment: Segment, grain: int) -> tuple[Source, int, int]:

@@ -23,11 +23,14 @@ class Keep:
 
     def superfluous(self, steps: Sequence[int], scores: Mapping[int, float], pinned: Collection[int]) -> list[int]:
         """Those of the ascending steps that may go."""
+        kept = {*steps[-self.newest :], self.best_of(steps, scores), *pinned}
+        return [step for step in steps if step not in kept and not (self.every and step % self.every == 0)]
+
+    def best_of(self, steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
+        """The step of the best checkpoint, if that is known."""
         rated = [step for step in steps if step in scores]
         pick = min if self.best and self.best.startswith("loss") else max
-        best = [pick(rated, key=scores.__getitem__)] if self.best and rated else []
-        kept = {*steps[-self.newest :], *best, *pinned}
-        return [step for step in steps if step not in kept and not (self.every and step % self.every == 0)]
+        return pick(rated, key=scores.__getitem__) if self.best and rated else None
 
 
 def pin(checkpoint: Path) -> None:

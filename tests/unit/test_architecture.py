@@ -64,6 +64,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         "pretrain.screen",
         "data_pipelines.batch",
         "data_pipelines.errors",
+        "data_pipelines.redaction",
         "data_pipelines.text",
     ),
     "pretrain.retrieval": (),
@@ -84,7 +85,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.time_limit": (),
     "pretrain.orders": ("pretrain.stopping", "pretrain.screen"),
     "pretrain.stragglers": ("pretrain.parallel.mesh",),
-    "pretrain.screen": (),
+    "pretrain.screen": ("data_pipelines.redaction",),
     "pretrain.parallel": (
         *("pretrain.models", "pretrain.optim", "pretrain.accounting", "pretrain.collectives"),
         *("pretrain.config", "pretrain.errors"),
@@ -104,7 +105,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.optim": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
-    "pretrain.config": ("pretrain.model_config", "pretrain.config_text", "pretrain.errors", "data_pipelines.config"),
+    "pretrain.config": (
+        *("pretrain.model_config", "pretrain.config_text", "pretrain.errors"),
+        *("data_pipelines.config", "data_pipelines.redaction"),
+    ),
     "pretrain.model_config": ("data_pipelines.config",),
     "pretrain.config_text": ("pretrain.errors",),  # of any schema
     "pretrain.errors": ("data_pipelines.errors",),

@@ -337,6 +337,18 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):
         Tokenizer.load(tmp_path)
 
 
+def test_code_that_a_tokenizer_brings_is_not_run(exported: Path, tmp_path: Path):
+    shutil.copytree(exported, tmp_path / "t")
+    mark = tmp_path / "mark"
+    (tmp_path / "t" / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="holds no Hugging Face tokenizer"):
+        Tokenizer.load(tmp_path / "t")
+    assert not mark.exists()
+
+
 def test_a_hugging_face_tokenizer_without_a_mask_is_refused(exported: Path, tmp_path: Path):
     shutil.copytree(exported, tmp_path / "t")
     wrapper = AutoTokenizer.from_pretrained(tmp_path / "t")

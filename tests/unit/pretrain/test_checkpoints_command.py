@@ -8,7 +8,7 @@ import torch
 
 from pretrain import lease as lease_module
 from pretrain.__main__ import main
-from pretrain.checkpoint.retention import Keep, is_pinned
+from pretrain.checkpoint.retention import Keep, add_score, is_pinned
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.lease import take
 from pretrain.parallel.engine import Fragment
@@ -23,7 +23,10 @@ def save(store: CheckpointStore, step: int, values: dict[str, torch.Tensor], rat
     for name, value in values.items():
         tensors = {kind: value.flatten().clone() for kind in ("master", "exp_avg", "exp_avg_sq")}
         fragments.append(Fragment(name, whole(value), 0, tensors))
-    config = {"checkpoint": {"keep": 2, "keep_every": None}, "optimizer": {"learning_rate": rate}}
+    config = {
+        "checkpoint": {"keep": 2, "keep_every": None, "best": "accuracy/matching"},
+        "optimizer": {"learning_rate": rate},
+    }
     store.save(step, fragments, {"layout": LAYOUT, "config": config})
     store.settle(wait=True)
 
@@ -116,6 +119,15 @@ def test_pruning_keeps_the_newest_and_the_pinned(run, command):
     assert not list((run / "checkpoints").glob(".tmp*"))
 
 
+def test_the_best_is_marked_and_not_pruned(run, command):
+    for step, score in ((10, 0.1), (20, 0.9), (30, 0.5)):
+        add_score(run / "checkpoints", "accuracy/matching", step, score)
+    (line,) = [line for line in command()[1].splitlines() if " best " in line]
+    assert " 20 " in line
+    command("--prune", "--keep", 1)
+    assert names(run) == ["step-000000020", "step-000000040"]
+
+
 def test_pruning_is_refused_while_a_job_owns_the_folder_and_looking_is_not(run, command):
     owner = take(run)
     code, _, err = command("--prune")
@@ -164,8 +176,8 @@ def test_weights_that_are_not_numbers_differ(run, command):
         (("--pin", 11), 3, "No checkpoint of step 11 in "),
         (("--diff", 10, 11), 3, "those there are of 10, 20, 30, 40."),
         (("--diff", 10, "nowhere"), 3, "The checkpoint nowhere is not valid: No such file"),
-        (("--keep", 2), 2, "--keep 2 is for --prune, and 1 or more"),
-        (("--prune", "--keep", 0), 2, "--keep 0 is for --prune, and 1 or more"),
+        (("--keep", 2), 4, "--keep 2 is for --prune, and 1 or more"),
+        (("--prune", "--keep", 0), 4, "--keep 0 is for --prune, and 1 or more"),
         (("training.steps=3",), 2, "unrecognized arguments: training.steps=3"),
         (("--prune", "--verify"), 2, "not allowed with argument"),
     ],

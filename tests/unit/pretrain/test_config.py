@@ -191,3 +191,53 @@ def test_every_config_in_the_repository_loads():
     assert configs
     for config in configs:
         load_config(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.train=https://user:hunter22@host/manifest.json",
+            "data.train is 'https://host/manifest.json': it is a",
+        ),
+        ("data.heldout=https://host/m.json?X-Amz-Signature=hunter22", "data.heldout is 'https://host/m.json?...': it"),
+        ("data.train={web: {manifest: 's3://u:hunter22@b/m'}}", "data.train.web.manifest is 's3://b/m': it is a URL"),
+        ("output=runs/$MY_SECRET", "output is runs/$MY_SECRET, and what is not shown of it is a password, a signature"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused_and_not_repeated(path, monkeypatch, override, message):
+    """Before a run's folder would keep it in config.yaml, run.json and TensorBoard."""
+    monkeypatch.setenv("MY_SECRET", "hunter22")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert message in str(caught.value)
+    assert "hunter22" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        "seed: !!python/object/apply:os.system ['touch {mark}']\n",
+        "engine: !!python/object/apply:os.system ['touch {mark}']\n",
+        "engine: {{zero_stage: !!python/object/apply:os.system ['touch {mark}']}}\n",
+        "checkpoint: !!python/object/new:os.system ['touch {mark}']\n",
+        "? !!python/object/apply:os.system ['touch {mark}']\n: 1\n",
+        "<<: !!python/object/apply:os.system ['touch {mark}']\n",
+        "seed: !!python/name:os.system\n",
+        "seed: !!python/module:os\n",
+        "seed: !!int 3\n",
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_tag_in_a_config_runs_nothing_and_is_one_sentence(tmp_path, path, addition, whole):
+    text = addition.format(mark=tmp_path / "mark")
+    path.write_text(text if whole else MINIMAL + text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_tag_on_the_whole_config_is_one_sentence(path):
+    path.write_text("!!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match="is not a mapping of keys to values"):
+        load_config(path)

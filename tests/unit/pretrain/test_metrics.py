@@ -2,11 +2,15 @@
 
 import json
 import resource
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from data_pipelines.batch import BadSample
 from distributed.tiny import tiny_config
 from pretrain import metrics
+from pretrain.errors import FencedError
 from pretrain.metrics import Clock, Metrics, card
 
 
@@ -130,3 +134,39 @@ def test_alarms_are_kept_by_step_and_a_resume_drops_those_of_steps_that_are_take
     second.close()
     kept = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
     assert [(line["step"], line["alarm"]) for line in kept] == [(1, "look at 1"), (2, "look at 2"), (3, "look again")]
+
+
+def test_what_a_stale_job_still_writes_into_its_lines_is_seen_by_nobody(tmp_path):
+    """It holds the file open, although another job has taken over and has cut off what it wrote too much."""
+    config, path = tiny_config(output=str(tmp_path)), tmp_path / "metrics.jsonl"
+    stale = Metrics(config, 0)
+    for step in (1, 2, 3):
+        stale.step(step, values(1.0))
+    new = Metrics(config, 2)
+    new.step(3, values(9.0))
+    before = path.read_bytes()
+    stale.step(4, values(1.0))
+    stale.heldout(4, {"loss": 1.0})
+    stale.close()
+    assert path.read_bytes() == before
+    new.close()
+
+
+def test_a_job_that_was_taken_over_writes_no_step_and_no_bad_sample(tmp_path, monkeypatch):
+    def fenced():
+        raise FencedError("another job owns it")
+
+    lease: Any = SimpleNamespace(check=fenced)
+    stale = Metrics(tiny_config(output=str(tmp_path)), 0, lease)
+    monkeypatch.setattr(stale._board, "add_scalar", lambda *_: pytest.fail("written"))
+    for write in (
+        lambda: stale.step(1, values(1.0)),
+        lambda: stale.heldout(1, {"loss": 1.0}),
+        lambda: stale.checkpoint({"stall_s": 1.0}),
+        lambda: stale.bad_samples(1, [BadSample("a.tar", "7", "empty caption")]),
+    ):
+        with pytest.raises(FencedError):
+            write()
+    stale.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "bad_samples.jsonl").exists()
