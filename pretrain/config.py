@@ -8,8 +8,9 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section
 from pretrain.config_text.problems import sentences
@@ -180,9 +181,24 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay on disk."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that this divides stay too. null: none."""
+    mirror: str | None = None
+    """URL in an object store, such as s3://bucket/run, where each checkpoint is copied in the background, and from
+    where the newest is fetched if the output folder has none. Each run needs its own. null: no copies."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
     error if there is one, so that nothing is overwritten."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _is_an_object_store(cls, url: str | None) -> str | None:
+        """Refuses also what would carry secrets into the logs."""
+        scheme, host, path, query, fragment = urlsplit(url or "s3://bucket")
+        if not host or scheme in ("", "file", "http", "https") or "@" in host or query or fragment:
+            raise ValueError(
+                f"checkpoint.mirror {scheme}://{host.rpartition('@')[2]}{path} is no folder of an object store: write "
+                f"s3://bucket/folder or gs://bucket/folder, and give credentials by the environment alone"
+            )
+        return url
 
 
 class Config(Section):

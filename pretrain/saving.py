@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
 from pretrain.config import CheckpointConfig
 from pretrain.errors import StorageError
@@ -12,6 +13,7 @@ from pretrain.parallel.engine import Fragment
 from pretrain.screen import say
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
+_COPY_S = 20.0  # for which a run that was told to stop waits for its last copy: schedulers give some 30
 
 
 class Saving:
@@ -20,11 +22,28 @@ class Saving:
     def __init__(self, config: CheckpointConfig, store: CheckpointStore) -> None:
         self.config = config
         self.store = store
+        self.mirror = Mirror(config.mirror, store) if config.mirror else None
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.saved_step: int | None = None  # of the newest checkpoint
         self.failures = 0  # in a row
         self._begun = time.monotonic()
         self._stall_s = 0.0  # of the save in flight
+
+    def fetch(self) -> None:
+        """Brings the newest copy of a checkpoint if the folder has none; see `Mirror.fetch`."""
+        if self.mirror:
+            self.mirror.fetch(may_resume=self.config.resume != "never")
+
+    def note_newest(self, step: int) -> None:
+        """The newest checkpoint is that of a step, and is copied if it is not yet."""
+        self.saved_step = step
+        if self.mirror:
+            self.mirror.copy(step)
+
+    def finish(self) -> None:
+        """Waits for the last copy."""
+        if self.mirror:
+            self.mirror.finish()
 
     def is_time(self) -> bool:
         """Whether `every_minutes` have passed on the main process, whose clock is the run's."""
@@ -48,6 +67,8 @@ class Saving:
         self._stall_s = time.perf_counter() - begin
         if must or not self.config.asynchronous:
             self.settle(wait=True, must=must)
+        if must and self.mirror:
+            self.mirror.finish(_COPY_S)
 
     def settle(self, wait: bool = False, must: bool = False) -> None:
         """Says what became of the save in flight, if that is known by now.
@@ -60,7 +81,8 @@ class Saving:
         self._stall_s += time.perf_counter() - begin
         match outcome:
             case Saved(step, write_s):
-                self.failures, self.saved_step = 0, step
+                self.failures = 0
+                self.note_newest(step)
                 self._say(f"Saved step {step} in {self.store.folder}.")
                 if self.metrics:
                     self.metrics.checkpoint({"stall_s": self._stall_s, "write_s": write_s})

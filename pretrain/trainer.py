@@ -69,6 +69,7 @@ class Trainer:
         """
         mode = self.config.checkpoint.resume
         self.store.sweep()
+        self.saving.fetch()
         checkpoint = self.store.newest_valid()
         if checkpoint is None:
             if mode == "must":
@@ -87,7 +88,8 @@ class Trainer:
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saving.saved_step = run["step"]
+        self.step = run["step"]
+        self.saving.note_newest(self.step)
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
@@ -120,6 +122,7 @@ class Trainer:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
+            self.saving.finish()
         finally:
             if self.metrics:
                 self.metrics.close()

@@ -167,7 +167,7 @@ class CheckpointStore:
         problems: list[str] = []
         for candidate in reversed(steps if step is None else [step]):
             name = _name(candidate)
-            problem = self._verify(self.folder / name)
+            problem = self.verify(self.folder / name)
             if problem is None:
                 return self.folder / name
             problems.append(f"{name}: {problem}")
@@ -259,7 +259,7 @@ class CheckpointStore:
             shutil.rmtree(self.folder / _name(saved), ignore_errors=True)
         return None
 
-    def _verify(self, checkpoint: Path) -> str | None:
+    def verify(self, checkpoint: Path) -> str | None:
         """Why a checkpoint is not whole, or None. Each rank hashes its share of the files."""
         manifest, problem = self.world.from_first(_read_manifest(checkpoint) if self.is_main else None)
         if problem is not None:

@@ -57,7 +57,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
-        *("pretrain.screen", "pretrain.config", "pretrain.errors"),
+        *("pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines.errors", "data_pipelines.storage"),
     ),
     "pretrain.figures": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
