@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section
+from data_pipelines.storage.addresses import shown
 from pretrain.config_text.problems import sentences
 from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
@@ -191,12 +192,16 @@ class CheckpointConfig(Section):
     @field_validator("mirror")
     @classmethod
     def _is_an_object_store(cls, url: str | None) -> str | None:
-        """Refuses also what would carry secrets into the logs."""
-        scheme, host, path, query, fragment = urlsplit(url or "s3://bucket")
-        if not host or scheme in ("", "file", "http", "https") or "@" in host or query or fragment:
+        scheme, host, _, query, fragment = urlsplit(url or "s3://bucket")
+        if not host or scheme in ("file", "http", "https"):
             raise ValueError(
-                f"checkpoint.mirror {scheme}://{host.rpartition('@')[2]}{path} is no folder of an object store: write "
-                f"s3://bucket/folder or gs://bucket/folder, and give credentials by the environment alone"
+                f"checkpoint.mirror {shown(url or '')} is no folder of an object store: write s3://bucket/folder or "
+                f"gs://bucket/folder"
+            )
+        if "@" in host or query or fragment:
+            raise ValueError(
+                f"checkpoint.mirror {shown(url or '')} has more than a bucket and a folder: leave out user, password "
+                f"and query, since credentials come from the environment"
             )
         return url
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, MissingError
 from data_pipelines.storage.addresses import scrubbed, shown
 from data_pipelines.storage.filesystems import filesystem_of
 from data_pipelines.storage.patience import Patience
@@ -26,7 +26,8 @@ class ObjectFolder:
         url: Of whatever fsspec can write to: s3://bucket/folder, gs://bucket/folder.
         patience_s: How long a request is tried again where its error may pass.
 
-    Each method raises DataError where the store refuses or the patience ends, and OSError where the disk here does.
+    Each method raises DataError where the store refuses or the patience ends, MissingError where there is no such
+    object or bucket, and OSError where the disk here fails.
     """
 
     def __init__(self, url: str, patience_s: float):
@@ -75,7 +76,7 @@ class ObjectFolder:
                     continue
                 said = s3_refusal(error)
                 why = f"the server answered {said.status} {said.reason}" if said else f"{type(error).__name__}: {error}"
-                raise DataError(
+                raise (MissingError if isinstance(trouble, MissingError) else DataError)(
                     f"{where} cannot be {action} ({scrubbed(why)}): see that the bucket exists, and that its "
                     f"credentials are set and may list, read, write and delete."
                 ) from None

@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, MissingError
 from data_pipelines.storage.addresses import scrubbed, shown
 from data_pipelines.storage.objects import ObjectFolder
 from pretrain.checkpoint.store import CheckpointStore
@@ -54,7 +54,7 @@ class Mirror:
 
         Raises:
             CheckpointError: there are copies, and there must be none or none is whole. Never a silent fresh start.
-            StorageError: the store cannot be listed, and the folder has no checkpoint either.
+            StorageError: the store or the disk fails, and the folder has no checkpoint.
         """
         begun, found, problem = self._world.from_first(self._look() if self._store.is_main else None)
         if problem is not None and not begun:
@@ -175,14 +175,19 @@ class Mirror:
         """Puts a copy among the checkpoints if it is whole; else says why it is not."""
         final = self._folder(_step(name))
         temporary = final.with_name(f".tmp-{final.name}-{self._world.from_first(uuid.uuid4().hex[:8])}")
+        missing = failure = None
         try:
-            problem = None
             temporary.mkdir(parents=True, exist_ok=True)
             for file in sorted(files)[self._world.rank :: self._world.size]:
                 self._objects.download(f"{name}/{file}", temporary / file)
+        except MissingError as error:
+            missing = str(error)
         except (DataError, OSError) as error:
-            problem = str(error)
-        problem = next(filter(None, self._world.gather_objects(problem)), None) or self._store.verify(temporary)
+            failure = str(error)
+        found = self._world.gather_objects((missing, failure))
+        if failure := next((failure for _, failure in found if failure), None):
+            raise StorageError(f"The copy {name} cannot be brought to {self._store.folder}: {failure}")
+        problem = next((missing for missing, _ in found if missing), None) or self._store.verify(temporary)
         if self._store.is_main:
             # Not synced to the disk: after a crash of the machine, the hashes tell, and it is fetched again.
             shutil.rmtree(temporary, ignore_errors=True) if problem else temporary.rename(final)

@@ -86,7 +86,10 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.optim": ("pretrain.config",),
     "pretrain.objectives": ("pretrain.collectives",),
     "pretrain.collectives": (),
-    "pretrain.config": ("pretrain.model_config", "pretrain.config_text", "pretrain.errors", "data_pipelines.config"),
+    "pretrain.config": (
+        *("pretrain.model_config", "pretrain.config_text", "pretrain.errors"),
+        *("data_pipelines.config", "data_pipelines.storage.addresses"),
+    ),
     "pretrain.model_config": ("data_pipelines.config",),
     "pretrain.config_text": ("pretrain.errors",),  # of any schema
     "pretrain.errors": ("data_pipelines.errors",),
