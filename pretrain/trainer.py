@@ -19,7 +19,8 @@ from data_pipelines.text import counted
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.retention import Keep
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
@@ -45,8 +46,14 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every)
-        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, keep)
+        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
+        self.store = CheckpointStore(
+            config.output / "checkpoints",
+            mesh.world,
+            keep,
+            node=mesh.node,
+            asynchronous=config.checkpoint.asynchronous,
+        )
         self.saving = Saving(config.checkpoint, self.store)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
@@ -123,6 +130,9 @@ class Trainer:
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
             self.saving.finish()
+        except TrainingError:  # on all ranks together
+            self.saving.settle(wait=True)
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -275,6 +285,7 @@ class Trainer:
             return
         values = self._by_objective(found.losses, found.counts) | found.retrieval
         self.metrics.heldout(self.step, values)
+        self.saving.rate(self.step, values)
         figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
         if found.retrieval:
             figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,9 @@ class ObjectFolder:
             return {path.removeprefix(f"{root}/"): int(about["size"]) for path, about in found.items()}
 
         return self._patiently("", "listed", find)
+
+    def modified(self, name: str) -> datetime:
+        return self._patiently(name, "read", lambda filesystem, root: filesystem.modified(f"{root}/{name}"))
 
     def upload(self, name: str, file: Path) -> None:
         """Copies a file to an object.

@@ -2,8 +2,9 @@
 
 ```
 s3://bucket/run/step-000012000-1f2e3d4c5b6a/   the step, and the first digits of the checkpoint's COMMIT
-  rank-00000.safetensors, ...                  each file of the checkpoint
+  node-00000.safetensors, ...                  each file of the checkpoint
   COMMIT                                       last: a folder without it is no copy
+s3://bucket/run/scores.json                    what `checkpoint.best` is chosen by
 ```
 COMMIT is the hash of the hashes of all files, so an object of one name always has the same bytes: an interrupted copy
 goes on with the objects that it lacks, and no two checkpoints of one step ever mix.
@@ -13,17 +14,20 @@ import re
 import shutil
 import threading
 import time
-import uuid
-from pathlib import Path
+from contextlib import suppress
 
 from data_pipelines.errors import DataError, MissingError
 from data_pipelines.storage.addresses import scrubbed, shown
 from data_pipelines.storage.objects import ObjectFolder
+from pretrain.checkpoint.folder import name_of, temporary_name
+from pretrain.checkpoint.retention import PIN, SCORES, is_pinned, read_scores
 from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import verify
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.screen import say
 
 _NAME = re.compile(r"step-(\d{9,})-[0-9a-f]{12}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # which cannot leave its folder
 _COMMIT = "COMMIT"
 _POLL_S = 2.0  # between two looks for what the other ranks upload
 
@@ -56,22 +60,21 @@ class Mirror:
             CheckpointError: there are copies, and there must be none or none is whole. Never a silent fresh start.
             StorageError: the store or the disk fails, and the folder has no checkpoint.
         """
-        begun, found, problem = self._world.from_first(self._look() if self._store.is_main else None)
+        begun, copies, problem = self._world.from_first(self._look() if self._store.is_main else None)
         if problem is not None and not begun:
             raise StorageError(f"checkpoint.mirror: {problem}")
         if problem is not None:
             self._say(f"Checkpoints cannot be copied for now, which is tried again with the next one: {problem}")
         if begun:
             return
-        copies = sorted((name for name, files in found.items() if _COMMIT in files), reverse=True)
         if copies and not may_resume:
             raise CheckpointError(
-                f"checkpoint.resume is never, and {self.url} holds {copies[0]}: choose another checkpoint.mirror, or "
-                f"set checkpoint.resume=auto to go on from it."
+                f"checkpoint.resume is never, and {self.url} holds {next(iter(copies))}: choose another "
+                f"checkpoint.mirror, or set checkpoint.resume=auto to go on from it."
             )
-        for name in copies:
+        for name, files in copies.items():
             self._say(f"Fetching {name} from {self.url}, as {self._store.folder} has no checkpoint.")
-            if (why := self._download(name, found[name])) is None:
+            if (why := self._download(name, files)) is None:
                 return
             self._say(f"{name} in {self.url} is not whole ({why}).")
         if copies:
@@ -112,22 +115,28 @@ class Mirror:
                 say(f"Rank {self._world.rank} could not copy step {step} to {self.url}: {why} The checkpoint is safe.")
 
     def _copy(self, step: int) -> None:
-        folder = self._folder(step)
+        folder = self._store.folder / name_of(step)
         commit = folder / _COMMIT
         name = f"{folder.name}-{commit.read_text()[:12]}"
-        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file != commit}
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name not in (_COMMIT, PIN)}
         there = self._objects.sizes(name)
-        if f"{name}/{_COMMIT}" in there:
-            return
-        for file in list(files)[self._world.rank :: self._world.size]:
-            if there.get(f"{name}/{file}") != files[file]:
-                self._objects.upload(f"{name}/{file}", folder / file)
+        if f"{name}/{_COMMIT}" not in there:
+            for file in self._share(list(files)):
+                if there.get(f"{name}/{file}") != files[file]:
+                    self._objects.upload(f"{name}/{file}", folder / file)
         if self._store.is_main:
             self._await(name, files)
-            if not self._store.still_owner():
+            if self._store.still_owner():
+                return  # the next commit says so
+            if f"{name}/{_COMMIT}" not in there:
                 self._objects.upload(f"{name}/{_COMMIT}", commit)
                 say(f"Copied step {step} to {self.url}.")
-                self._clear(step, name)
+            self._tidy(step, name)
+
+    def _share(self, files: list[str]) -> list[str]:
+        """This rank's: as many for each, and those of neighbours on different machines."""
+        rank, size = self._world.rank, self._world.size
+        return [file for number, file in enumerate(files) if number * size // len(files) == rank]
 
     def _await(self, name: str, files: dict[str, int]) -> None:
         """Waits for what the other ranks upload: no collective may run in this thread, so that the store is asked."""
@@ -143,22 +152,33 @@ class Mirror:
                 raise DataError(f"no other rank has brought {now[0]} to {self.url} for {self._patience_s:.0f} s.")
             time.sleep(_POLL_S)
 
-    def _clear(self, step: int, name: str) -> None:
+    def _tidy(self, step: int, name: str) -> None:
         """Removes the copies that `checkpoint.keep` keeps no longer, and what is left of interrupted ones."""
-        there = self._folders()
-        copied = sorted({_step(other) for other, files in there.items() if _COMMIT in files})
-        still_here = [saved for saved in copied if self._folder(saved).is_dir()]
-        gone = {step, *self._store.keep.superfluous(copied, best=None, pinned=still_here)}
+        there, local = self._folders(), self._store.folder
+        if (scores := local / SCORES).exists():
+            self._objects.upload(SCORES, scores)
+        pinned = []
+        for other, files in there.items():
+            checkpoint = local / name_of(_step(other))
+            if is_pinned(checkpoint) and PIN not in files:
+                self._objects.upload(f"{other}/{PIN}", checkpoint / PIN)
+            if checkpoint.is_dir() or PIN in files:
+                pinned.append(_step(other))
+        copied = sorted({_step(other) for other, files in there.items() if _COMMIT in files and _step(other) <= step})
+        gone = {step, *self._store.keep.superfluous(copied, read_scores(local, self._store.keep.best), pinned)}
         for other, files in there.items():
             is_left_over = _COMMIT not in files and _step(other) < step
             if other != name and (is_left_over or _step(other) in gone):
                 self._objects.remove(f"{other}/{file}" for file in sorted(files, key=lambda file: file != _COMMIT))
 
     def _look(self) -> tuple[bool, dict[str, dict[str, int]], str | None]:
-        """Whether the run's folder has a checkpoint, and what the store has or why that is not known."""
+        """Whether the run's folder has a checkpoint; the copies, the last one first; or why they are not known."""
         begun = self._store.has_begun()
         try:
-            return begun, self._folders(), None
+            copies = {name: files for name, files in self._folders().items() if _COMMIT in files}
+            made = {name: self._objects.modified(f"{name}/{_COMMIT}") for name in copies}
+            order = sorted(copies, key=lambda name: (made[name], name), reverse=True)  # a run may go back in steps
+            return begun, {name: copies[name] for name in order}, None
         except DataError as error:
             return begun, {}, str(error)
 
@@ -167,18 +187,21 @@ class Mirror:
         found: dict[str, dict[str, int]] = {}
         for path, size in self._objects.sizes().items():
             folder, _, file = path.partition("/")
-            if _NAME.fullmatch(folder) and file and "/" not in file:
+            if _NAME.fullmatch(folder) and _FILE.fullmatch(file):
                 found.setdefault(folder, {})[file] = size
         return found
 
     def _download(self, name: str, files: dict[str, int]) -> str | None:
         """Puts a copy among the checkpoints if it is whole; else says why it is not."""
-        final = self._folder(_step(name))
-        temporary = final.with_name(f".tmp-{final.name}-{self._world.from_first(uuid.uuid4().hex[:8])}")
+        step = _step(name)
+        temporary = self._store.folder / self._world.from_first(temporary_name(step))
         missing = failure = None
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            for file in sorted(files)[self._world.rank :: self._world.size]:
+            if self._store.is_main:
+                with suppress(MissingError):
+                    self._objects.download(SCORES, self._store.folder / SCORES)
+            for file in self._share(sorted(files)):
                 self._objects.download(f"{name}/{file}", temporary / file)
         except MissingError as error:
             missing = str(error)
@@ -187,14 +210,13 @@ class Mirror:
         found = self._world.gather_objects((missing, failure))
         if failure := next((failure for _, failure in found if failure), None):
             raise StorageError(f"The copy {name} cannot be brought to {self._store.folder}: {failure}")
-        problem = next((missing for missing, _ in found if missing), None) or self._store.verify(temporary)
+        problem = next((missing for missing, _ in found if missing), None) or verify(temporary, self._world)
         if self._store.is_main:
-            # Not synced to the disk: after a crash of the machine, the hashes tell, and it is fetched again.
-            shutil.rmtree(temporary, ignore_errors=True) if problem else temporary.rename(final)
-        return self._world.from_first(problem)
-
-    def _folder(self, step: int) -> Path:
-        return self._store.folder / f"step-{step:09d}"
+            if problem:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:  # not synced to the disk: after a crash of the machine the hashes tell, and it is fetched again
+                temporary.rename(self._store.folder / name_of(step))
+        return problem
 
     def _say(self, text: str) -> None:
         if self._store.is_main:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from data_pipelines.storage import objects
 from http_server import Fault, ShardServer
 from object_store import object_store
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.retention import Keep, add_score, pin
 from pretrain.checkpoint.store import CheckpointStore, Saved
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.parallel.engine import Fragment
@@ -177,6 +178,35 @@ def test_after_a_fetch_the_older_copies_are_still_kept(store, client):
     assert copied_steps(client) == [6, 7]
 
 
+def test_a_run_that_went_back_goes_on_from_where_it_was_last(store, client):
+    save(store, 6)
+    copy(mirror_of(store), 6)
+    lose_the_disk(store)
+    save(store, 3)
+    time.sleep(1.1)  # a store tells seconds
+    copy(mirror_of(store), 3)
+    assert copied_steps(client) == [3, 6]  # nothing that may be needed goes
+    lose_the_disk(store)
+    assert fetched(store) == ("step-000000003", [3.0] * 12)
+
+
+def test_pinned_and_best_copies_stay_and_are_known_after_the_disk_is_lost(store, client):
+    store.keep = Keep(2, best="loss")
+    for step in range(1, 8):
+        save(store, step)
+        if step == 1:
+            pin(store.folder / "step-000000001")
+        add_score(store.folder, "loss", step, abs(step - 3))
+        copy(mirror_of(store), step)
+    assert copied_steps(client) == [1, 3, 6, 7]
+    lose_the_disk(store)
+    fetched(store)
+    for step in (8, 9):
+        save(store, step)
+        copy(mirror_of(store), step)
+    assert copied_steps(client) == [1, 3, 7, 8, 9]  # 7 is the best of those on the disk
+
+
 def test_a_step_that_is_saved_anew_has_one_copy(store, client):
     save(store, 5)
     copy(mirror_of(store), 5)
@@ -195,7 +225,7 @@ def test_a_damaged_copy_is_named_and_the_one_before_is_taken(damage, store, clie
         save(store, step)
         copy(mirror_of(store), step)
     lose_the_disk(store)
-    name = next(n for n in names(client) if "000006-" in n and ("COMMIT" if damage == "COMMIT" else "rank-") in n)
+    name = next(n for n in names(client) if "000006-" in n and ("COMMIT" if damage == "COMMIT" else "node-") in n)
     content = bytearray(client.get_object(Bucket="models", Key=name)["Body"].read())
     content[-1] ^= 1
     if damage == "missing":
@@ -211,7 +241,7 @@ def test_copies_of_which_none_is_whole_are_no_fresh_start(store, client):
     save(store, 5)
     copy(mirror_of(store), 5)
     lose_the_disk(store)
-    client.put_object(Bucket="models", Key=next(n for n in names(client) if "rank-" in n), Body=b"x")
+    client.put_object(Bucket="models", Key=next(n for n in names(client) if "node-" in n), Body=b"x")
     with pytest.raises(CheckpointError, match=rf"has no checkpoint, and no copy in {URL} is whole: restore one"):
         mirror_of(store).fetch(may_resume=True)
 
