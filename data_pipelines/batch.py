@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+IGNORE = -100  # target of a masked slot that is not used
+
 # Column class -> the tensors that it gives, one row per sample. The columns are made in this order, each for several
 # samples in a row: what the processor still has in its cache takes half the time. Images come last of what can be bad.
 COLUMNS: dict[str, tuple[str, ...]] = {

@@ -77,14 +77,14 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     ),
     "pretrain.synthetic": (
         *("pretrain.models", "pretrain.objectives", "pretrain.config", "pretrain.errors"),
-        "data_pipelines.samples.masking",
+        *("data_pipelines.batch", "data_pipelines.samples.masking"),
     ),
     "pretrain.models": (
         *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.model_config"),
         *("pretrain.errors", "data_pipelines.batch"),
     ),
     "pretrain.optim": ("pretrain.config",),
-    "pretrain.objectives": ("pretrain.collectives",),
+    "pretrain.objectives": ("pretrain.collectives", "data_pipelines.batch"),
     "pretrain.collectives": (),
     "pretrain.config": (
         *("pretrain.model_config", "pretrain.config_text", "pretrain.errors"),
