@@ -26,7 +26,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store_on_another_layout(confi
         before = metrics(config.output)
         shutil.rmtree(config.output)
 
-        again = run(*command, "training.steps=20", "--nproc", 1)
+        again = run(*command, "training.steps=20", "engine.tensor_parallel=2", "--nproc", 2)
         assert again.code == 0, again.err
         assert "Fetching step-" in again.out
         assert "Resumed from" in again.out
