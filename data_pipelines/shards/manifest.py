@@ -2,8 +2,8 @@
 
 It is made once and never changes, and the order of the data follows from its counts alone. With it come
 
-    manifest.json        one line a shard; paths below its folder are relative, so the whole can be moved
-    manifest.keep.npy    one bit a sample, where filters or faults keep some from being read
+    manifest.json        one line per shard; paths below its folder are relative, so the whole can be moved
+    manifest.keep.npy    one bit per sample, where filters or faults keep some from being read
     manifest.index/      the byte ranges of each shard's samples; what is missing is made anew when it is needed
 """
 
@@ -248,7 +248,7 @@ def _shard(row: dict[str, object], folder: Path) -> Shard:
 
 
 def _check_present(shards: tuple[Shard, ...]) -> None:
-    # One listing a folder: a hundred thousand single questions take minutes on a network file system.
+    # One listing per folder: a hundred thousand calls of stat take minutes on a network file system.
     listed: dict[str, set[str]] = {}
     for shard in shards:
         if is_remote(shard.location):

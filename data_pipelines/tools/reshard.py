@@ -156,6 +156,6 @@ def _with_unique_keys(
     # Two sources may use the same keys, and readers take neighbours of one key for one sample.
     times = Counter(key for _, key, _ in samples)
     keys = [key if times[key] == 1 else f"{source.number:05d}-{key}" for source, key, _ in samples]
-    if len(set(keys)) < len(keys):  # a key that looked like another's new one
+    if len(set(keys)) < len(keys):  # an old key equals one made here
         keys = [f"{source.number:05d}-{key}" for source, key, _ in samples]
     return [{"__key__": key, **members} for key, (_, _, members) in zip(keys, samples, strict=True)]

@@ -34,7 +34,7 @@ class Source:
     location: str
     entry: Shard | None = None  # what a manifest says of it
     index: Path | None = None  # where that manifest keeps its byte ranges
-    bits: np.ndarray | None = None  # which samples are kept, eight a byte; None for all
+    bits: np.ndarray | None = None  # one bit per sample, set if it is kept; None for all
 
     def open(self, *, ahead: bool) -> ByteSource:
         """Opens it.

@@ -1,6 +1,6 @@
 """Masked-language-model objective (MLM): name the hidden pieces of a caption, the image in sight.
 
-Shapes: B samples on this rank, K masked slots a caption (some unused), V vocabulary.
+Shapes: B samples on this rank, K masked slots per caption (some unused), V vocabulary.
 Source: BERT, section 3.1; ALBEF, section 3.2.
 """
 
