@@ -119,9 +119,12 @@ class Mirror:
         commit = folder / _COMMIT
         name = f"{folder.name}-{commit.read_text()[:12]}"
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name not in (_COMMIT, PIN)}
+        share = self._share(list(files))
+        if not share and not self._store.is_main:
+            return
         there = self._objects.sizes(name)
         if f"{name}/{_COMMIT}" not in there:
-            for file in self._share(list(files)):
+            for file in share:
                 if there.get(f"{name}/{file}") != files[file]:
                     self._objects.upload(f"{name}/{file}", folder / file)
         if self._store.is_main:

@@ -237,6 +237,22 @@ def test_a_damaged_copy_is_named_and_the_one_before_is_taken(damage, store, clie
     assert not list(store.folder.glob(".tmp-*"))
 
 
+def test_a_copy_that_goes_while_it_is_fetched_is_named_and_the_one_before_is_taken(store, client, capsys):
+    for step in (5, 6):
+        save(store, step)
+        copy(mirror_of(store), step)
+    lose_the_disk(store)
+    mirror = mirror_of(store)
+    found = mirror._folders()
+    mirror._folders = lambda: found
+    client.delete_object(Bucket="models", Key=next(n for n in names(client) if "000006-" in n and "node-" in n))
+    mirror.fetch(may_resume=True)
+    assert [path.name for path in store.folder.iterdir()] == ["step-000000005"]
+    assert re.search(
+        rf"-\w+ in {URL} is not whole \(.*node-\S+ cannot be read \(the server ans", capsys.readouterr().out
+    )
+
+
 def test_copies_of_which_none_is_whole_are_no_fresh_start(store, client):
     save(store, 5)
     copy(mirror_of(store), 5)
@@ -255,10 +271,15 @@ def test_never_refuses_a_copy_and_fetches_nothing(store, client):
     assert not store.folder.exists()
 
 
+DENIED = b"<Error><Code>AccessDenied</Code><Message>No right to http://me:sesame@host/x?X-Amz-Signature=sesame</Message></Error>"
 FAILING = {
     "busy": (Fault(status=503), r"cannot be \w+: \d+ attempts in \d+ s, the last one: the server answered 503"),
     "reset": (Fault(reset=True), r"cannot be \w+: \d+ attempts in \d+ s, the last one: .*[Cc]onnection"),
-    "forbidden": (Fault(status=403), r"cannot be \w+ \(the server answered 403.*\): see that the bucket exists, and"),
+    "forbidden": (
+        Fault(status=403, body=DENIED),
+        r"cannot be \w+ \(the server answered 403 No right.*\): see that the",
+    ),
+    "busy and talkative": (Fault(status=503, body=DENIED), r"cannot be \w+: \d+ attempts in \d+ s, .* 503 No right"),
 }
 
 
@@ -272,7 +293,7 @@ def test_a_server_that_fails_costs_the_copy_and_not_the_run(fault, reason, store
     assert re.fullmatch(rf"Rank 0 could not copy step 5 to {URL}: {URL} {reason}.* The checkpoint is safe\.\n", out), (
         out
     )
-    assert (err, [word for word in ("nothing", "Signature", "Credential") if word in out]) == ("", [])
+    assert (err, [word for word in ("nothing", "Signature", "sesame") if word in out]) == ("", [])
     assert store.newest_valid().name == "step-000000005"
     server.always = Fault()
     save(store, 6)
