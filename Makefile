@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint docs fuzz soak bench-data bench-scaling format clean
+.PHONY: help install demo test lint docs fuzz soak bench-data bench-scaling bench-checkpoint format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ bench-data: .venv/.installed ## Measure the data pipelines on one core, in about
 
 bench-scaling: .venv/.installed ## Measure what ZeRO-3 holds and gathers, and throughput, on 1, 2 and 4 CPU ranks
 	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(RUN) benchmarks.scaling
+
+bench-checkpoint: .venv/.installed ## Measure what saving costs the training loop, and the index of 4,096 pretended ranks
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks.checkpoint
 
 format: .venv/.installed ## Format the code and mend what can be mended
 	@$(RUN) ruff format .

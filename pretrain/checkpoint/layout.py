@@ -1,7 +1,6 @@
 """Who writes what into which file: worked out by every rank from a few numbers of each."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from data_pipelines.text import to_json
 from pretrain.checkpoint.index import FROZEN, TRAINED, Entry, Index, Stream, Table, merge
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import Axis
@@ -78,7 +78,7 @@ class Layout:
                     }
                 streams.append(stream)
                 end = stream.stop
-        text = json.dumps(tensors).encode()
+        text = to_json(tensors).encode()
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
         for stream in streams:

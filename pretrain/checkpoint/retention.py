@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.text import to_json
+
 SCORES, PIN = "scores.json", "PINNED"
 
 
@@ -55,5 +57,5 @@ def add_score(folder: Path, metric: str, step: int, score: float) -> None:
         scores = {str(there): value for there, value in read_scores(folder, metric).items()} | {str(step): score}
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{SCORES}"
-        temporary.write_text(json.dumps({metric: scores}, allow_nan=False))
+        temporary.write_text(to_json({metric: scores}))
         temporary.replace(folder / SCORES)

@@ -20,7 +20,6 @@ Only safetensors, JSON and plain numbers: nothing here can run code when it is l
 """
 
 import contextlib
-import json
 import shutil
 import threading
 import uuid
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipelines.text import to_json
 from pretrain.checkpoint import manifest
 from pretrain.checkpoint.folder import LATEST, QUARANTINE, contents, leftovers, name_of, temporary_name
 from pretrain.checkpoint.fragments import read_fragments
@@ -262,7 +262,7 @@ class CheckpointStore:
         if self._index is not None:
             table = self._index.table.model_dump_json().encode()
             numbers = self._index.intervals.reshape(-1).view("uint8").data
-            texts = {TABLE: memoryview(table), INTERVALS: numbers, manifest.RUN: memoryview(json.dumps(run).encode())}
+            texts = {TABLE: memoryview(table), INTERVALS: numbers, manifest.RUN: memoryview(to_json(run).encode())}
             jobs += [Job(folder / name, 0, [content]) for name, content in texts.items()]
         return jobs
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,10 @@ class HostCopy:
             self.memory = torch.empty(0)  # never both
             self.memory = torch.empty(numel, pin_memory=on_gpu)
         for target, tensor in zip(self.memory[:numel].split([t.numel() for t in tensors]), tensors, strict=True):
-            target.copy_(tensor, non_blocking=on_gpu)
+            if tensor.is_cuda:
+                target.copy_(tensor, non_blocking=True)
+            else:  # torch's own copy shares small tensors out to threads, and is slower than memory by far
+                np.copyto(target.numpy(), tensor.detach().numpy())
         copied = torch.cuda.Event() if on_gpu else None
         if copied:  # the stream of training: what changes the state comes after the copy, and the loop waits for none
             copied.record()

@@ -7,6 +7,7 @@ to the bit, and goes on from; and it evaluates its own model.
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,18 +32,28 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.verify import read_run
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
-from pretrain.parallel.tensor import whole
+from pretrain.parallel.tensor import Part, whole
 from pretrain.synthetic import made_up_batch
 
 STEPS, FEWER_STEPS = 10, 6
 GLOBAL = ("albef", "blip", "coca")  # those that contrast a global batch, with more than that to do
 README = Path(__file__).parents[2] / "README.md"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
 RANKS = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 WANTED = ("image_embeddings", "match_logits", "counts/masked_lm")
 
 
 def case(architecture, **changes):
     return tiny_config(training__accumulation=2, **ARCHITECTURES[architecture].changes, **changes)
+
+
+class Held(NamedTuple):
+    """A fragment, but for its values."""
+
+    name: str
+    part: Part
+    start: int
+    length: int
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +79,20 @@ def saved(one_rank, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def seen() -> dict:
+    """What each rank held in the layouts so far, each sort once, and what they saved."""
+    return {}
+
+
 def save(mesh, folder):
     engine = tiny_engine(mesh, config := case("albef", engine__zero_stage=0))
     engine_curve(mesh, config, 4, engine)
     commit(CheckpointStore(folder, mesh.world), 4, engine)
 
 
-def examine(mesh, architecture, changes, saved, again) -> list[Point]:
-    """The steps of one architecture on a layout, and then those after what one process saved."""
+def examine(mesh, architecture, changes, saved, again) -> tuple[list[Point], list[Held]]:
+    """The steps of one architecture on a layout, and then those after what one process saved; what this rank holds."""
     config = case(architecture, **changes)
     engine = tiny_engine(mesh, config)
     curve = engine_curve(mesh, config, STEPS, engine)
@@ -86,14 +103,31 @@ def examine(mesh, architecture, changes, saved, again) -> list[Point]:
         engine.loaded(read_run(checkpoint)["applied_steps"])
         commit(CheckpointStore(again, mesh.world), 4, engine)
         curve += engine_curve(mesh, config, 2, engine, first=4)
-    return curve
+    return curve, [Held(f.name, f.part, f.start, f.stop - f.start) for f in engine.fragments()]
+
+
+def differences(folder, held, whole_state) -> list[str]:
+    """What a rank that holds these pieces reads otherwise from a checkpoint than it stands in the whole state."""
+    wanted = [
+        Fragment(name, part, start, {kind: torch.full((length,), torch.nan) for kind in KINDS})
+        for name, part, start, length in held
+    ]
+    read_fragments(CheckpointStore(folder, ALONE).newest_valid(), wanted)
+    found = []
+    for fragment in wanted:
+        cut = tuple(slice(a, a + n) for a, n in zip(fragment.part.offset, fragment.part.size, strict=True))
+        for kind, tensor in fragment.tensors.items():
+            expected = whole_state[f"{kind}/{fragment.name}"].view(fragment.part.shape)[cut]
+            if not torch.equal(tensor, expected.flatten()[fragment.start : fragment.stop]):
+                found.append(f"{kind}/{fragment.name}")
+    return found
 
 
 def state(folder) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, whole."""
     found = {}
     for name, parameter in build(case("albef")).named_parameters():
-        kinds = {kind: torch.empty(parameter.numel()) for kind in ("master", "exp_avg", "exp_avg_sq")}
+        kinds = {kind: torch.empty(parameter.numel()) for kind in KINDS}
         read_fragments(folder, [Fragment(name, whole(parameter), 0, kinds)])
         found |= {f"{kind}/{name}": tensor for kind, tensor in kinds.items()}
     return found
@@ -119,15 +153,21 @@ def test_the_readme_lists_these_layouts():
     ("architecture", "layout"),
     [(name, layout) for name, each in ARCHITECTURES.items() for layout in each.layouts],
 )
-def test_its_steps_are_those_of_one_process(request, references, saved, tmp_path, architecture, layout):
+def test_its_steps_are_those_of_one_process(request, references, saved, seen, tmp_path, architecture, layout):
     ranks, changes = LAYOUTS[layout]
-    curves = request.getfixturevalue(ranks).run(examine, architecture, changes, saved, tmp_path)
-    for curve in curves:
+    results = request.getfixturevalue(ranks).run(examine, architecture, changes, saved, tmp_path)
+    for curve, _ in results:
         assert_same_curve(curve[:STEPS], references[architecture])
         assert_same_curve(curve[STEPS:], references[architecture][4 : len(curve) - STEPS + 4])
     if architecture == "albef":
         stored, loaded = (state(CheckpointStore(folder, ALONE).newest_valid()) for folder in (saved, tmp_path))
         assert [name for name, tensor in stored.items() if not torch.equal(tensor, loaded[name])] == []
+        # What this layout saved, each other sort of layout so far reads, and the other way round.
+        holdings = tuple(tuple(held) for _, held in results)
+        for others, folder in seen.items():
+            assert [differences(tmp_path, held, stored) for held in others if held] == [[] for held in others if held]
+            assert [differences(folder, held, stored) for held in holdings if held] == [[] for held in holdings if held]
+        seen[holdings] = tmp_path
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.parallel.engine", "pretrain.parallel.mesh"),
-        *("pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines.errors", "data_pipelines.storage"),
+        *("pretrain.screen", "pretrain.config", "pretrain.errors"),
+        *("data_pipelines.errors", "data_pipelines.storage", "data_pipelines.text"),
     ),
     "pretrain.figures": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),

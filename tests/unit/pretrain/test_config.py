@@ -7,6 +7,7 @@ import pytest
 from pretrain.config import load_config
 from pretrain.errors import ConfigError
 from pretrain.model_config import SIZES
+from pretrain.retrieval import RECALL_AT
 
 MINIMAL = """
 output: runs/x
@@ -110,6 +111,24 @@ def test_a_short_run_that_names_no_warmup_warms_up_for_a_tenth_of_it(path, steps
 def test_offload_without_zero_names_both_keys(path):
     with pytest.raises(ConfigError, match=r"engine.offload cpu needs engine.zero_stage 1, 2 or 3, and it is 0"):
         load_config(path, ["engine.offload=cpu", "engine.zero_stage=0"])
+
+
+def test_the_best_checkpoint_is_that_of_a_step_which_is_evaluated_and_saved(path):
+    heldout = ["data.heldout=heldout.json", "training.evaluate_every=10", "checkpoint.every=5"]
+    rates = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in RECALL_AT]
+    for best in ("loss", "loss/matching", "accuracy/masked_lm", *rates):
+        assert load_config(path, [*heldout, f"checkpoint.best={best}"]).checkpoint.best == best
+    for overrides, message in (
+        ([*heldout, "checkpoint.best=R@1"], r"checkpoint.best R@1 is nothing that this run evaluates: set loss, loss/"),
+        ([*heldout, "checkpoint.best=loss/captioning"], r"checkpoint.best loss/captioning is nothing that this run"),
+        (["checkpoint.best=loss"], r"checkpoint.best loss needs held-out data: set data.heldout, or checkpoint.best="),
+        (
+            [*heldout, "checkpoint.every=4", "checkpoint.best=loss"],
+            r"evaluate_every 10 is no multiple of .*every 4",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, overrides)
 
 
 def test_an_objective_that_the_architecture_does_not_have_is_refused_with_one_that_has(path):
