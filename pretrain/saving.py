@@ -41,10 +41,10 @@ class Saving:
         if self.mirror:
             self.mirror.copy(step)
 
-    def finish(self) -> None:
+    def finish(self, limit_s: float | None = None) -> None:
         """Waits for the last copy."""
         if self.mirror:
-            self.mirror.finish()
+            self.mirror.finish(limit_s)
 
     def is_time(self) -> bool:
         """Whether `every_minutes` have passed on the main process, whose clock is the run's."""
@@ -58,18 +58,17 @@ class Saving:
             StorageError: this save must succeed and did not, or several in a row did not.
         """
         self.settle(wait=True)
-        if self.saved_step == step:
-            return
-        self._begun = time.monotonic()
-        if self.metrics:
-            self.metrics.flush()
-        begin = time.perf_counter()
-        self.store.save(step, fragments, run)
-        self._stall_s = time.perf_counter() - begin
-        if must or not self.config.asynchronous:
-            self.settle(wait=True, must=must)
-        if must and self.mirror:
-            self.mirror.finish(_COPY_S)
+        if self.saved_step != step:
+            self._begun = time.monotonic()
+            if self.metrics:
+                self.metrics.flush()
+            begin = time.perf_counter()
+            self.store.save(step, fragments, run)
+            self._stall_s = time.perf_counter() - begin
+            if must or not self.config.asynchronous:
+                self.settle(wait=True, must=must)
+        if must:
+            self.finish(_COPY_S)
 
     def settle(self, wait: bool = False, must: bool = False) -> None:
         """Says what became of the save in flight, if that is known by now.

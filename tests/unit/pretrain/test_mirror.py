@@ -16,10 +16,12 @@ from object_store import object_store
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.retention import Keep, add_score, pin
 from pretrain.checkpoint.store import CheckpointStore, Saved
+from pretrain.config import CheckpointConfig
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE, Axis
 from pretrain.parallel.tensor import whole
+from pretrain.saving import Saving
 
 URL = "s3://models/runs/a"
 WEIGHTS = torch.arange(12.0)
@@ -41,7 +43,7 @@ def server(servers: tuple[Any, ShardServer], monkeypatch: pytest.MonkeyPatch) ->
     for name in names(client):
         client.delete_object(Bucket="models", Key=name)
     server.faults.clear()
-    server.always = Fault()
+    server.always, server.delay_s = Fault(), 0.0
     server.requests.clear()
     return server
 
@@ -338,6 +340,26 @@ def test_a_large_file_goes_up_in_parts_of_which_one_is_sent_again(tmp_path, serv
     objects.ObjectFolder(URL, 5).upload("large", tmp_path / "large")
     assert client.get_object(Bucket="models", Key="runs/a/large")["Body"].read() == content
     assert len([request for request in server.requests if "partNumber=" in request.path]) == 4  # three, one twice
+
+
+@pytest.mark.parametrize("already_saved", [True, False])
+def test_a_run_that_was_told_to_stop_waits_a_while_for_its_copy(
+    already_saved, store, server, client, monkeypatch, capsys
+):
+    saving = Saving(CheckpointConfig(mirror=URL), store)
+    if already_saved:
+        save(store, 5)
+        saving.note_newest(5)
+    saving.save(5, fragments(5), {}, must=True)
+    assert copied_steps(client) == [5]
+    monkeypatch.setattr("pretrain.saving._COPY_S", 0.3)
+    server.delay_s = 0.4
+    saving.save(6, fragments(6), {}, must=True)
+    server.delay_s = 0.0
+    assert copied_steps(client) == [5]
+    assert f"The newest copy in {URL} is not complete; the next start goes on with it." in capsys.readouterr().out
+    saving.finish()
+    assert copied_steps(client) == [5, 6]
 
 
 def test_a_job_that_lost_the_run_commits_and_removes_nothing(store, client):
