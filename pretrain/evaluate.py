@@ -13,8 +13,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.samples.tokenizer import Tokenizer
 from data_pipelines.stream.heldout import HeldoutData
 from pretrain.batch_spec import batch_spec, vocabulary_of
+from pretrain.checkpoint.run_state import read_state
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.figures import BATCH, all_scores, encode, zero_shot
@@ -70,7 +70,7 @@ def open_run(run_folder: Path, step: int | None, overrides: Sequence[str]) -> tu
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
     with still_there(checkpoint):
-        run = read_run(checkpoint)
+        run = read_state(checkpoint)
     config = parse_config(copy.deepcopy(run["config"]), str(checkpoint), overrides)
     if not is_launched():
         alone = alone.model_copy(update={"precision": config.engine.precision})

@@ -97,7 +97,7 @@ class Saving:
 
     def rate(self, step: int, values: Mapping[str, float]) -> None:
         """Notes what held-out data said after a step, so that the best checkpoint stays."""
-        if (best := self.config.best) and best in values:
+        if (best := self.config.best) and best in values and self.store.still_owner() is None:
             try:
                 add_score(self.store.folder, best, step, values[best])
             except OSError as error:

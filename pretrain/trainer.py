@@ -19,8 +19,8 @@ from data_pipelines.text import counted
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.run_state import read_state
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
@@ -90,7 +90,7 @@ class Trainer:
                 f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
                 f"checkpoint.resume=auto to go on from it."
             )
-        run = read_run(checkpoint)
+        run = read_state(checkpoint)
         check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distributed.tiny import ARCHITECTURES, tiny_config, tiny_engine
 from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
@@ -159,3 +160,15 @@ def test_a_damaged_piece_is_found_whichever_rank_looks_at_it(two_ranks, tmp_path
 
 def newest(mesh, folder):
     return CheckpointStore(folder, mesh.world).newest_valid().name
+
+
+def kept_and_saved(mesh, changes):
+    engine = tiny_engine(mesh, tiny_config(engine__zero_stage=0, **changes))
+    return set(engine.model.state_dict()), {fragment.name for fragment in engine.fragments()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_that_a_model_keeps_is_saved(one_rank, architecture):
+    """Buffers too, if a layer should have some that are state."""
+    ((kept, saved),) = one_rank.run(kept_and_saved, ARCHITECTURES[architecture].changes)
+    assert kept == saved

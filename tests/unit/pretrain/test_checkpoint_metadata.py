@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.fragments import read_fragments
+from pretrain.checkpoint.run_state import read_state
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.verify import verify
 from pretrain.errors import CheckpointError
@@ -246,3 +247,40 @@ def test_nothing_is_loaded_of_a_checkpoint_that_lacks_something(store, fragment,
     with pytest.raises(CheckpointError, match=said):
         read_fragments(store.newest_valid(), wanted)
     assert_same(wanted[:-1], state(seed=99))
+
+
+def whole_run(**changes):
+    config = {"seed": 0, "data": {}, "model": {}, "objectives": {"matching": None, "contrastive": {}}, "more": 1}
+    counts = dict.fromkeys(("step", "applied_steps", "skipped_steps", "bad_samples", "samples"), 7)
+    return {**counts, "data": {}, "config": config, "tokenizer": "x", "layout": {"dp": 2}, "more": 1} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"applied_steps": None}, "applied_steps: Input should be a valid integer"),
+        ({"applied_steps": -1}, "applied_steps: Input should be greater than or equal to 0"),
+        ({"samples": 10**40}, "samples: Input should be less than or equal to"),
+        ({"skipped_steps": "7"}, "skipped_steps: Input should be a valid integer"),
+        ({"config": []}, "config: Input should be a valid dictionary"),
+        ({"config": {}}, "config.seed: Field required"),
+        ({"config": whole_run()["config"] | {"objectives": []}}, "config.objectives: Input should be a valid dict"),
+        ({"layout": {"dp": "2"}}, "layout.dp: Input should be a valid integer"),
+        ({"data": 3}, "data: Input should be a valid dictionary"),
+        ({"tokenizer": None}, "tokenizer: Input should be a valid string"),
+    ],
+)
+def test_a_run_that_says_nonsense_of_itself_is_one_sentence(tmp_path, changes, said):
+    (tmp_path / RUN).write_text(json.dumps(whole_run()))
+    assert read_state(tmp_path) == whole_run()
+    (tmp_path / RUN).write_text(json.dumps(whole_run(**changes)))
+    with pytest.raises(CheckpointError, match=f"cannot be read: run.json: {said}") as caught:
+        read_state(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["data", "applied_steps", "config", "tokenizer", "layout", "samples"])
+def test_a_run_that_lacks_something_says_what(tmp_path, key):
+    (tmp_path / RUN).write_text(json.dumps({name: value for name, value in whole_run().items() if name != key}))
+    with pytest.raises(CheckpointError, match=f"run.json: {key}: Field required"):
+        read_state(tmp_path)
