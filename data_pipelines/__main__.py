@@ -25,11 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at exit
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail
         return 141
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):  # what is read has said so in words of its own
+        if isinstance(error, OSError):  # of writing: those of reading are UserErrors by now
             error = cannot_write(str(error.filename or "the result"), error)
         print(error, file=sys.stderr)
         return error.exit_code

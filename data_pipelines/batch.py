@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Column class -> the tensors that it gives, one row per sample. The columns are made in this order, each for several
-# samples in a row: what the processor still has in its cache takes half the time. Images come last of what can be bad.
+IGNORE = -100  # target of a masked slot that is not used
+
+# Column class -> the tensors that it gives, one row per sample. Columns run in this order, each over several samples at
+# once, which takes half the time: its data stay in the processor's cache. Images come last of what can be bad.
 COLUMNS: dict[str, tuple[str, ...]] = {
     # text: (B, L) int64, [CLS] pieces [SEP], padded with the tokenizer's pad id
     "data_pipelines.samples.columns.CaptionColumn": ("text",),

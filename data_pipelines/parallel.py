@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from data_pipelines.errors import DataError
 
 _LOOK_UP_S = 0.2  # how late Ctrl-C may be noticed
-_WAITING = 4  # jobs handed over for each process, so that none is idle and few have to be pickled
+_WAITING = 4  # jobs queued per process: enough to keep it busy, and few to pickle ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,7 +80,7 @@ def _interrupts_noted() -> Iterator[Callable[[], None]]:
         yield check
         return
     before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:  # as it is in a shell's background job, and then stays
+    if before != signal.SIG_IGN:  # a background job of a shell ignores it, and stays so
         signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
         yield check
@@ -111,7 +111,7 @@ def _run(item: Any) -> Any:
 
 
 def _end_with_parent() -> None:
-    # A pool's processes wait for more work for ever where their parent was killed.
+    # Without this, the processes of a pool would wait for ever after their parent was killed.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -21,7 +21,7 @@ class _Philox(threading.local):
 
     def __init__(self) -> None:
         self.generator = np.random.Philox(0)
-        self.state = self.generator.state  # of one that has drawn nothing; a copy, which drawing leaves alone
+        self.state = self.generator.state  # before the first draw; a copy, which draws do not change
 
 
 _philox = _Philox()
@@ -50,7 +50,7 @@ def raw(seed: int, purpose: Purpose, *counter: int, size: int) -> np.ndarray:
     state = _philox.state
     words = state["state"]
     words["key"][:] = seed & _WORD, purpose
-    words["counter"][:] = (0, *counter, 0, 0, 0)[:4]  # the first counts the numbers drawn
+    words["counter"][:] = (0, *counter, 0, 0, 0)[:4]  # the first word counts the draws
     _philox.generator.state = state
     return _philox.generator.random_raw(size)
 

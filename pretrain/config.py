@@ -7,7 +7,7 @@ combination that cannot work with both keys and the fix. Imports no torch, so a 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from pretrain.config_text.problems import sentences
 from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
 from pretrain.model_config import ARCHITECTURES, ModelConfig
+from pretrain.run_config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
 
 class ContrastiveConfig(Section):
@@ -134,82 +135,6 @@ class EngineConfig(Section):
                 f"set engine.offload=none, or engine.pipeline_parallel=1"
             )
         return self
-
-
-class OptimizerConfig(Section):
-    """AdamW; weight decay leaves 1-D parameters alone. Warmup, then a cosine, by optimizer step."""
-
-    learning_rate: float = Field(default=1e-4, gt=0)
-    final_learning_rate: float = Field(default=1e-6, ge=0)
-    warmup_steps: int = Field(default=2000, ge=0)
-    """Steps in which the rate rises from 0. Where it is not given, a run of fewer than 20,000 steps has a tenth."""
-    weight_decay: float = Field(default=0.02, ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    eps: float = Field(default=1e-8, gt=0)
-    clip: float = Field(default=1.0, ge=0)
-    """Largest gradient norm over all parameters and ranks; 0 switches clipping off."""
-
-
-class TrainingConfig(Section):
-    """How long, in steps of how many samples, and how often to look."""
-
-    steps: int = Field(gt=0)
-    """Optimizer steps of the whole run, those before a resume included."""
-    global_batch: int = Field(gt=0)
-    """Samples per optimizer step, over all ranks and micro-steps. The micro-batch per rank follows."""
-    accumulation: int = Field(default=1, ge=1)
-    """Micro-steps per optimizer step. With `objectives.contrastive.negatives` micro_batch it is part of the recipe."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two lines on the screen; metrics.jsonl and TensorBoard get every step."""
-    evaluate_every: int = Field(default=500, ge=1)
-    """Steps between two evaluations on held-out data."""
-    deterministic: bool = False
-    """Take deterministic kernels alone, so that steps are equal to the last digit on GPUs too; slower. CPUs are so
-    anyway."""
-    max_skipped_steps: int = Field(default=10, ge=1, le=100)
-    """Steps of the last 100 that were skipped, because the loss or the gradient norm was not finite or by `spikes`, at
-    which the run stops, or with `spikes` rollback goes back."""
-    spikes: Literal["warn", "skip", "rollback"] = "warn"
-    """What happens where the loss jumps. warn: a line. skip: that step changes no weight. rollback: the run goes back
-    to its newest checkpoint, and leaves out all that it has read since."""
-    spike_threshold: float = Field(default=10.0, gt=0)
-    """How far above the median of earlier losses a loss is a spike, in standard deviations as the median absolute
-    deviation gives them; one is at least 1 % of the median."""
-    spike_window: int = Field(default=100, ge=10)
-    """Steps whose losses a loss is compared with; as many pass before the first comparison."""
-    max_rollbacks: int = Field(default=5, ge=1)
-    """Rollbacks in the whole run; at the next spike it stops."""
-    hang_timeout_s: float = Field(default=60, gt=0)
-    """How long a step, a save or a batch of an evaluation may take before the ranks count as hung, if five times the
-    slowest of the last hundred is less. Where data may be tried again, `data.patience_s` is added; the first three
-    have 15 times as long; nothing has longer than 18 minutes."""
-    time_limit_minutes: float | None = Field(default=None, gt=0)
-    """Minutes from the start, before which the run saves and leaves with exit code 85. Slurm's own limit is known
-    without."""
-    debug: bool = False
-    """Checks after each step that every trainable parameter had a gradient, and stops the run if one had none."""
-
-
-class CheckpointConfig(Section):
-    """When to save, and what to do at the start."""
-
-    every: int = Field(default=500, ge=1)
-    """Steps between two checkpoints; the last step always saves."""
-    every_minutes: float | None = Field(default=None, gt=0)
-    """Minutes after which to save between those too. null: only by steps."""
-    asynchronous: bool = True
-    """Write while training goes on, from a copy in host memory: 12 bytes per parameter over the ranks that share them.
-    false: training waits, and nothing is copied."""
-    keep: int = Field(default=3, ge=2)
-    """Newest checkpoints that stay on disk."""
-    keep_every: int | None = Field(default=None, ge=1)
-    """Checkpoints of steps that this divides stay too. null: none."""
-    best: str | None = None
-    """The checkpoint that is best on held-out data stays too: by the highest `text_to_image_R@1`, `image_to_text_R@5`,
-    `accuracy/matching` and the like, or by the lowest `loss` or `loss/matching`. null: none."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
-    error if there is one, so that nothing is overwritten."""
 
 
 class Config(Section):

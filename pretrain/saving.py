@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.retention import add_score
 from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
 from pretrain.config import CheckpointConfig
@@ -13,6 +14,7 @@ from pretrain.parallel.engine import Fragment
 from pretrain.screen import say
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
+_COPY_S = 20.0  # for which a run that was told to stop waits for its last copy: schedulers give some 30
 
 
 class Saving:
@@ -30,10 +32,27 @@ class Saving:
         self.store = store
         self.on_saved = on_saved
         self.journal = journal
+        self.mirror = Mirror(config.mirror, store) if config.mirror else None
         self.saved_step: int | None = None  # of the newest checkpoint
         self.failures = 0  # in a row
         self._begun = time.monotonic()
         self._stall_s = 0.0  # of the save in flight
+
+    def fetch(self) -> None:
+        """Brings the newest copy of a checkpoint if the folder has none; see `Mirror.fetch`."""
+        if self.mirror:
+            self.mirror.fetch(may_resume=self.config.resume != "never")
+
+    def note_newest(self, step: int) -> None:
+        """The newest checkpoint is that of a step, and is copied if it is not yet."""
+        self.saved_step = step
+        if self.mirror:
+            self.mirror.copy(step)
+
+    def finish(self, limit_s: float | None = None) -> None:
+        """Waits for the last copy."""
+        if self.mirror:
+            self.mirror.finish(limit_s)
 
     def is_time(self) -> bool:
         """Whether `every_minutes` have passed on the main process, whose clock is the run's."""
@@ -47,15 +66,16 @@ class Saving:
             StorageError: this save must succeed and did not, or several in a row did not.
         """
         self.settle(wait=True)
-        if self.saved_step == step:
-            return
-        self._begun = time.monotonic()
-        self.journal.flush()
-        begin = time.perf_counter()
-        self.store.save(step, fragments, run)
-        self._stall_s = time.perf_counter() - begin
-        if must or not self.config.asynchronous:
-            self.settle(wait=True, must=must)
+        if self.saved_step != step:
+            self._begun = time.monotonic()
+            self.journal.flush()
+            begin = time.perf_counter()
+            self.store.save(step, fragments, run)
+            self._stall_s = time.perf_counter() - begin
+            if must or not self.config.asynchronous:
+                self.settle(wait=True, must=must)
+        if must:
+            self.finish(_COPY_S)
 
     def settle(self, wait: bool = False, must: bool = False) -> None:
         """Says what became of the save in flight, if that is known by now.
@@ -68,7 +88,8 @@ class Saving:
         self._stall_s += time.perf_counter() - begin
         match outcome:
             case Saved(step, write_s):
-                self.failures, self.saved_step = 0, step
+                self.failures = 0
+                self.note_newest(step)
                 self.on_saved(step, time.monotonic() - self._begun)
                 self.journal.say(f"Saved step {step} in {self.store.folder}.")
                 self.journal.checkpoint({"stall_s": self._stall_s, "write_s": write_s})

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from data_pipelines.samples.masking import IGNORE, num_masked_slots
+from data_pipelines.batch import IGNORE
+from data_pipelines.samples.masking import num_masked_slots
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 from pretrain.models.architectures import architecture_of

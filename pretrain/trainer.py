@@ -97,6 +97,7 @@ class Trainer:
         """
         mode = self.config.checkpoint.resume
         self.store.sweep()
+        self.saving.fetch()
         checkpoint = self.store.newest_valid()
         if checkpoint is None:
             if mode == "must":
@@ -129,7 +130,8 @@ class Trainer:
         self.data_state = self.data.leave_out(state, self.rollbacks.load() or state.left_out)
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saving.saved_step = self.heart.saved_step = run["step"]
+        self.step = self.heart.saved_step = run["step"]
+        self.saving.note_newest(self.step)
         self.origin = run.get("init_from")
         self.health.restore(run["health"])
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
@@ -163,6 +165,7 @@ class Trainer:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
+            self.saving.finish()
         except TrainingError:  # on all ranks together
             self.saving.settle(wait=True)
             raise

@@ -67,7 +67,7 @@ def draw_scene(heldout: bool, seed: int, index: int) -> tuple[Scene, list[float]
     pairs = look_pairs(heldout=heldout)
     draws = uniform(seed, Purpose.SCENES, index, int(heldout), size=32).tolist()
     variants = list(product(SIZES, SIZES, RELATIONS))
-    if heldout:  # all different for as long as there are enough: retrieval must have one right answer
+    if heldout:  # all different while there are enough: retrieval must have one right answer
         scenes = _heldout_scenes(seed, len(pairs) * len(variants))
         pair_index, variant_index = divmod(int(scenes[index % len(scenes)]), len(variants))
     else:

@@ -88,8 +88,8 @@ class Order:
         return grain % self.lanes, grain // self.lanes * self.grain
 
     def _window(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        # A reader walks each of its lanes forwards, so one window a lane is all that is ever needed again. It is kept
-        # in 32 bits, which places in a corpus of billions do not fit into.
+        # A reader walks each of its lanes forwards, so one window per lane is enough. Places in a window fit into 32
+        # bits; those in a corpus of billions do not.
         start = window * self.window
         cached = self._windows.get(lane)
         if cached is None or cached[:2] != (epoch, window):

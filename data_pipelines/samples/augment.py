@@ -14,8 +14,8 @@ from data_pipelines.randomness import Purpose, uniform
 from data_pipelines.samples.distort import distort
 
 _MAX_DISTORTION = 4 / 3  # of the crop's sides, as in the usual random-resized crop
-# Whatever begins with left or right, such as left-hand and rightmost. To pass over an image that is left alone in
-# another sense costs nothing; bright and upright are no sides.
+# Words that begin with left or right, such as left-hand and rightmost, but not bright and upright. A word of another
+# meaning costs nothing: its image is not flipped.
 _SIDE = re.compile(r"(?<![^\W_])(?:top|bottom|upper|lower)?(?:left|right)|[左右]", re.IGNORECASE)
 
 

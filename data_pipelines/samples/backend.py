@@ -16,7 +16,7 @@ def load_wrapper(path: Path):
         # Told not to, it refuses a tokenizer that brings code of its own; asked nothing, it would ask on the terminal.
         wrapper = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         backend = wrapper.backend_tokenizer
-        if isinstance(backend.model, models.WordPiece):  # of more characters, 100 as saved, it makes one unknown piece
+        if isinstance(backend.model, models.WordPiece):  # longer words, of 100 as saved, become one unknown piece
             backend.model.max_input_chars_per_word = MAX_CAPTION_BYTES
         return wrapper, backend
     except Exception as error:  # of a file that it cannot open or parse, the backend raises a bare Exception

@@ -134,7 +134,7 @@ class ImageColumn(Column):
         pixels = decode_crop(pair.sample.image, choose_box, self.spec.image_size, exif_orientation=turn)
         if self.training:
             pixels = self.augmentation.distorted(pixels, position=pair.position)
-        return {"images": pixels.transpose(2, 0, 1)}  # a view; np.stack, too, leaves the pixels as they lie
+        return {"images": pixels.transpose(2, 0, 1)}  # a view, whose order in memory np.stack keeps
 
 
 class IdColumn(Column):
@@ -157,7 +157,7 @@ def open_columns(spec: BatchSpec, training: bool) -> list[Column]:
         DataError: A line of `COLUMNS` names no class, or a class cannot do what the spec asks.
     """
     wanted, chosen = {*spec.tensors, *IDS}, list(COLUMNS)
-    for name, given in sorted(COLUMNS.items(), key=lambda line: -len(line[1])):  # the widest is the first to go
+    for name, given in sorted(COLUMNS.items(), key=lambda line: -len(line[1])):  # the widest goes first
         others = {tensor for other in chosen if other != name for tensor in COLUMNS[other]}
         if others.issuperset(wanted.intersection(given)):
             chosen.remove(name)

@@ -26,7 +26,7 @@ from data_pipelines.samples.augment import Box
 from data_pipelines.shards.header import Header, bare, has_more_scans, read_header
 
 MAX_PIXELS = 64_000_000  # to decode: an 8000 x 8000 photograph; a decompression bomb declares far more
-MAX_BUFFERED_PIXELS = 2 * MAX_PIXELS  # of a JPEG in several scans, whose coefficients take six bytes a pixel
+MAX_BUFFERED_PIXELS = 2 * MAX_PIXELS  # of a JPEG in several scans, whose coefficients take six bytes per pixel
 MAX_SCANS = 100  # of a JPEG; progressive ones have about ten, and each decodes the whole image once more
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would print warnings above its own bound, before ours is looked at
@@ -141,7 +141,7 @@ def _crop(data: bytes, header: Header, box: Box, size: int) -> np.ndarray:
             return np.asarray(_rgb(image.crop((left, top, right, bottom))))
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they like on damaged bytes
+    except Exception as error:  # Pillow's decoders raise errors of any class on damaged bytes
         why = header.oddity or ("it is cut short" if "truncated" in str(error).lower() else type(error).__name__)
         raise SampleError(f"image cannot be decoded: {why}") from error
 
@@ -178,7 +178,7 @@ def _corners(box: Box, header: Header, height: int, width: int) -> tuple[int, in
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
+    if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip, not scale
         deep = np.asarray(image)
         grey = np.where(deep == image.info.get("transparency", -1), 255, deep >> 8)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -9,10 +9,9 @@ import math
 
 import numpy as np
 
+from data_pipelines.batch import IGNORE
 from data_pipelines.randomness import Purpose, uniform
 from data_pipelines.samples.tokenizer import Tokenizer
-
-IGNORE = -100  # a masked slot that is not used; the target that cross-entropy skips
 
 
 def num_masked_slots(text_length: int, probability: float) -> int:

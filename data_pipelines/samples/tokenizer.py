@@ -172,7 +172,7 @@ class HuggingFaceTokenizer(Tokenizer):
         firsts = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
         is_fragment &= [UNSPACED.match(caption, first) is not None for first in firsts]
         starts = _split_words(starts, is_word | is_fragment, self._is_space[ids])
-        starts[1:] &= ~is_fragment[1:] | (np.diff(firsts) != 0)  # a character is not torn apart
+        starts[1:] &= ~is_fragment[1:] | (np.diff(firsts) != 0)  # a word does not begin inside a character
         return ids, starts
 
 
@@ -218,7 +218,7 @@ def train_sentencepiece(
             hard_vocab_limit=False,
             normalization_rule_name="nmt_nfkc_cf",
             character_coverage=character_coverage,
-            max_sentence_length=1 << 30,  # longer ones would be passed over in silence; its own limit is 4,192 bytes
+            max_sentence_length=1 << 30,  # by default it skips those above 4,192 bytes in silence
             byte_fallback=False,
             num_threads=1,  # the sums of several threads would differ in their last digits
             pad_id=PAD,
@@ -230,7 +230,7 @@ def train_sentencepiece(
             bos_piece=_SPECIAL_PIECES[CLS],
             eos_piece=_SPECIAL_PIECES[SEP],
             control_symbols=[_SPECIAL_PIECES[MASK]],
-            minloglevel=2,  # nothing that it warns of is left but fewer pieces than asked for, which the command tells
+            minloglevel=2,  # its only warning left is of fewer pieces than asked for, which the command prints
         )
     except (RuntimeError, ValueError) as error:
         if not num_texts:

@@ -116,7 +116,7 @@ class Duplicates:
         return np.split(kept, np.cumsum(sizes)[:-1])
 
 
-_ODD = 0x9E3779B97F4A7C15  # a pair of hashes is one hash: their sum after one of them is spread
+_ODD = 0x9E3779B97F4A7C15  # multiplies one of two hashes, so that their sum is the hash of the pair
 _PAIR = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 
 

@@ -26,9 +26,9 @@ _SIGNATURES = (
     *((b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\0\0\1\0", "ICO"), (b"8BPS", "PSD")),
 )
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC")
-_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml|svg)", re.IGNORECASE)  # as servers send in place of an image
+_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml|svg)", re.IGNORECASE)  # error pages, sent instead of an image
 
-# JPEG markers: ITU-T T.81, table B.1. One byte that is not 0 after one or more of 255 begins a segment.
+# JPEG markers: ITU-T T.81, table B.1. A segment begins with bytes of 255 and one that is not 0.
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _ALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length: TEM and the restarts between scans' rows
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -51,7 +51,7 @@ class Header(NamedTuple):
     orientation: int  # EXIF's 1 to 8; 1 is upright
     components: int = 3  # of a JPEG, as the two below
     is_buffered: bool = False  # has more than one scan, so that all coefficients are held in memory
-    oddity: str = ""  # what a decoder may lack
+    oddity: str = ""  # what a decoder may not support
 
     @property
     def extension(self) -> str:
@@ -134,7 +134,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     at, end = 2, len(data) - 3
     while at < end:
         marker = data[at + 1]
-        if data[at] != 0xFF or marker in (0x00, 0xFF):  # in entropy-coded data, or where bytes are astray
+        if data[at] != 0xFF or marker in (0x00, 0xFF):  # in entropy-coded data, or after stray bytes
             found = _MARKER.search(data, at)
             if not found or found.end() > end:
                 return
@@ -150,7 +150,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def has_more_scans(data: bytes, limit: int) -> bool:
     """Whether a JPEG has more than `limit` scans, each of which decodes the whole image once more."""
-    if data.count(b"\xff\xda") <= limit:  # bytes of other segments included; an eighth of the time
+    if data.count(b"\xff\xda") <= limit:  # counts too many, but takes an eighth of the time
         return False
     return sum(marker == _SCAN for marker, _, _ in jpeg_segments(data)) > limit
 
@@ -163,7 +163,7 @@ def bare(data: bytes, header: Header) -> bytes:
             if marker == _SCAN:
                 parts.append(b"\xff\xda" + data[start - 2 :])
                 break
-            if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # Adobe's tells the colours
+            if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # Adobe's names the colour space
                 parts.append(bytes((0xFF, marker)) + data[start - 2 : stop])
         return b"".join(parts)
     if header.format == "PNG":  # chunks with a small first letter may be left out: PNG (third edition), section 5.4
@@ -209,8 +209,8 @@ def _webp(data: bytes) -> Header | None:
 
 
 def _orientation(exif: bytes) -> int:
-    """The tag of the first directory, as in TIFF (revision 6, section 2); 1 where there is none that holds."""
-    while exif.startswith(b"Exif\0\0"):  # twice, of some cameras
+    """The tag of the first directory, as in TIFF (revision 6, section 2); 1 where there is no valid one."""
+    while exif.startswith(b"Exif\0\0"):  # some cameras write it twice
         exif = exif[6:]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:

@@ -31,7 +31,7 @@ from data_pipelines.storage.files import describe, open_bytes
 from data_pipelines.storage.source import ByteSource, sha256_of
 from data_pipelines.text import counted
 
-_COUNTED_AT_ONCE = 16  # shards: a remote one takes a few requests of a moment each
+_COUNTED_AT_ONCE = 16  # shards; each remote one takes a few short requests
 
 
 @dataclass
@@ -238,7 +238,7 @@ def count_from_stats(
     return manifest
 
 
-_FEATURES_VERSION = 2  # changes where the same bytes give other features
+_FEATURES_VERSION = 2  # raise it when the same bytes give other features
 
 
 def features_path(rows: Path, names: FeatureFields) -> Path:

@@ -2,8 +2,8 @@
 
 It is made once and never changes, and the order of the data follows from its counts alone. With it come
 
-    manifest.json        one line a shard; paths below its folder are relative, so the whole can be moved
-    manifest.keep.npy    one bit a sample, where filters or faults keep some from being read
+    manifest.json        one line per shard; paths below its folder are relative, so the whole can be moved
+    manifest.keep.npy    one bit per sample, where filters or faults keep some from being read
     manifest.index/      the byte ranges of each shard's samples; what is missing is made anew when it is needed
 """
 
@@ -25,10 +25,9 @@ import numpy as np
 
 from data_pipelines.errors import DataError, cannot_open, cannot_write
 from data_pipelines.storage.addresses import file_name, is_remote
+from data_pipelines.storage.wording import AGAIN, INDEX_AGAIN
 
 FORMAT = 2
-_MANIFEST_AGAIN = "write the manifest again with `python -m data_pipelines index`"
-_AGAIN = "write it again with `python -m data_pipelines index`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ class Manifest:
             _check_present(shards)
         manifest = cls(path, shards, counts, _load_keep(path, keep_digest) if keep_digest else None)
         if manifest.kept_bits is not None and len(manifest.kept_bits) != manifest._keep_starts[-1]:
-            raise DataError(f"{keep_path(path)} does not fit {path}: {_AGAIN}.")
+            raise DataError(f"{keep_path(path)} does not fit {path}: {INDEX_AGAIN}.")
         return manifest
 
     def save(self) -> None:
@@ -179,8 +178,7 @@ def check_size(shard: Shard) -> None:
         raise _missing(shard.location) from None
     if found != shard.bytes:
         raise DataError(
-            f"Shard {shard.location} has {found:,} bytes but had {shard.bytes:,} when it was indexed: restore it, "
-            f"or {_MANIFEST_AGAIN}."
+            f"Shard {shard.location} has {found:,} bytes but had {shard.bytes:,} when it was indexed: {AGAIN}."
         )
 
 
@@ -250,7 +248,7 @@ def _shard(row: dict[str, object], folder: Path) -> Shard:
 
 
 def _check_present(shards: tuple[Shard, ...]) -> None:
-    # One listing a folder: a hundred thousand single questions take minutes on a network file system.
+    # One listing per folder: a hundred thousand calls of stat take minutes on a network file system.
     listed: dict[str, set[str]] = {}
     for shard in shards:
         if is_remote(shard.location):
@@ -269,9 +267,9 @@ def _load_keep(path: Path, digest: str) -> np.ndarray:
     try:
         bits = np.load(keep_path(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{keep_path(path)} cannot be read ({type(error).__name__}): {_AGAIN}.") from None
+        raise DataError(f"{keep_path(path)} cannot be read ({type(error).__name__}): {INDEX_AGAIN}.") from None
     if _digest(bits) != digest:
-        raise DataError(f"{keep_path(path)} is not the one that {path} was written with: {_AGAIN}.")
+        raise DataError(f"{keep_path(path)} is not the one that {path} was written with: {INDEX_AGAIN}.")
     return bits
 
 
@@ -284,8 +282,8 @@ def relative(location: str, manifest: Path) -> str:
 
 
 def _missing(location: str) -> DataError:
-    return DataError(f"Shard {location} is in the manifest but cannot be found: put it back, or {_MANIFEST_AGAIN}.")
+    return DataError(f"Shard {location} is in the manifest but cannot be found: put it back, or {INDEX_AGAIN}.")
 
 
 def _no_manifest(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is not a manifest of shards ({type(error).__name__}: {error}): {_AGAIN}.")
+    return DataError(f"{path} is not a manifest of shards ({type(error).__name__}: {error}): {INDEX_AGAIN}.")

@@ -17,7 +17,7 @@ from data_pipelines.text import decode_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CAPTION_BYTES = 64 * 1024
-MAX_JSON_BYTES = 16 << 20  # parsed, brackets take twenty times as much memory
+MAX_JSON_BYTES = 16 << 20  # nested brackets take twenty times as much memory once parsed
 
 
 class Fault(IntEnum):
@@ -47,7 +47,7 @@ class Fault(IntEnum):
 
     @property
     def is_of_shard(self) -> bool:
-        """Whether it says that the shard is not whole, and no more of any one sample."""
+        """Whether it is a fault of the whole shard, not of one sample."""
         return self in (Fault.DAMAGED, Fault.NO_TAR, Fault.TRAILING)
 
 
@@ -116,7 +116,7 @@ class Sample:
         return self.members.get("json")
 
     def captions(self) -> tuple[str, ...]:
-        """What may be said of the image, as `read_captions` decides.
+        """The captions of the image, as `read_captions` finds them.
 
         Raises:
             ContentError: Nothing, or nothing that can be read.
@@ -218,7 +218,7 @@ def image_member(sample: TarSample) -> Member | None:
 
 
 def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
-    """What the headers alone, or the json of a sample without .txt, say against it."""
+    """The fault that the headers show, or the json of a sample without .txt."""
     if sample.repeated:
         return Fault.REPEATED_MEMBER
     if sample.has_sparse:
@@ -241,7 +241,7 @@ def fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
 
 
 def caption_fault_of(sample: TarSample, read: Callable[[int, int], bytes]) -> Fault:
-    """What the caption of a sample without another fault says against it, as verify and training find it."""
+    """The fault of the caption, for a sample without another fault, as `verify` and training find it."""
     text, metadata = sample.members.get("txt"), sample.members.get("json")
     if not (text and text.size):
         return Fault.NONE  # its json was read already

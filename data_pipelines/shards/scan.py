@@ -173,7 +173,7 @@ def _features(sample: Sample, names: FeatureFields) -> tuple[object, ...]:
         hash64(normalised_caption(caption)),
         _uid(uid) if isinstance(uid, str) else (0, 0),
         number_of(metadata.get(names.score)),
-        str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can spell half a letter
+        str(metadata.get(names.language, "")).encode(errors="replace")[:16],  # JSON can hold half of a surrogate pair
     )
 
 

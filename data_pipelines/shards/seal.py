@@ -24,7 +24,7 @@ class Seal:
     """
 
     rows: Path  # file of the shard's byte ranges, whose name the other files share
-    origin: list[int | str]  # empty where nothing tells one file from the next
+    origin: list[int | str]  # what identifies the file; empty where nothing does
     sums: dict[str, int] = field(default_factory=dict)  # CRC-32 of the arrays, by the ends of their files' names
     sha256: str = ""  # of the shard, where it was taken
 

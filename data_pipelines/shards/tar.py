@@ -52,14 +52,14 @@ class NoTarError(TarError):
 
     def __init__(self, reason: str):
         super().__init__(0, reason)
-        self.args = (reason,)  # which holds of the file, not of a byte
+        self.args = (reason,)  # without an offset: it is about the whole file
 
 
 class TrailingBytesError(TarError):
     """The archive has ended, and what follows its end mark is no tar."""
 
 
-@dataclass(slots=True)  # frozen, it would take a fifth longer to scan a shard
+@dataclass(slots=True)  # frozen classes would slow a scan by a fifth
 class Member:
     """A regular file in a tar, or a link."""
 
@@ -67,7 +67,7 @@ class Member:
     header: int  # offset of its first header, long-name and pax headers included
     start: int  # offset of its bytes
     size: int  # as stored
-    archive: int = 0  # tars that ended before it, of those that were joined into one file
+    archive: int = 0  # how many of the tars joined in the file ended before it
     is_link: bool = False
     is_sparse: bool = False  # its stored bytes are not those of the file
 
@@ -85,8 +85,8 @@ class TarSample:
     members: dict[str, Member]  # by lower-case extension, all that follows the name's first dot
     start: int
     stop: int
-    repeated: str = ""  # an extension that came twice: which of the two is meant cannot be told
-    has_link: bool = False  # which stands in the place of a member
+    repeated: str = ""  # an extension that came twice
+    has_link: bool = False  # a member is a link
     has_sparse: bool = False
 
 

@@ -180,7 +180,7 @@ class ShardCache:
                 whole = True
         finally:
             if whole:
-                with self._locked():  # or whoever counts what is there could miss both names
+                with self._locked():  # else a process that lists the folder could miss both names
                     part.replace(path)
             else:
                 part.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class ShardCache:
                     data, offset = data[written:], offset + written
         if original.sha256 and digest.hexdigest() != original.sha256:
             raise wrong_sum(location, digest.hexdigest(), original.sha256)
-        os.fsync(claim)  # or a machine that loses power could come back with the name but not the bytes
+        os.fsync(claim)  # else a power failure could leave the name without the bytes
 
     def _make_room(self, original: _Original, claim: int, in_background: bool) -> bool:
         """Gives the claimed file its size, after removing what was used longest ago."""

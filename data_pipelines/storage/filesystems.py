@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from data_pipelines.errors import DataError
@@ -10,18 +11,24 @@ from data_pipelines.storage.addresses import scheme_and_host, shown
 
 # fsspec's event loop, and so its thread, starts with the first file system. A forked process makes its own: the loop
 # does not survive a fork, and clearing fsspec's own cache there would close the parent's connections.
-_filesystems: dict[tuple[int, str], Any] = {}
+_filesystems: dict[tuple[int, str, int], Any] = {}
 
 
-def filesystem_of(location: str) -> tuple[Any, str]:
-    """This process's file system of a location, and the location's name in it."""
+def filesystem_of(location: str, attempts: int = 1) -> tuple[Any, str]:
+    """This process's file system of a location, and the location's name in it.
+
+    Args:
+        location: URL.
+        attempts: Of each request to S3. One for reads, whose patience is ours; the parts of an upload need more.
+    """
     scheme, host = scheme_and_host(location)
-    key = os.getpid(), f"{scheme}://{host}"
+    key = os.getpid(), f"{scheme}://{host}", attempts
     filesystem = _filesystems.get(key)
     if filesystem is None:
         from fsspec.core import url_to_fs
 
-        options = {"http": _http_options, "https": _http_options, "s3": _s3_options, "s3a": _s3_options}
+        s3 = partial(_s3_options, attempts)
+        options = {"http": _http_options, "https": _http_options, "s3": s3, "s3a": s3}
         try:
             made, _ = url_to_fs(location, skip_instance_cache=True, **options.get(scheme, dict)())
         except ImportError as error:
@@ -50,9 +57,10 @@ def _http_options() -> dict[str, Any]:
     return {"get_client": client}
 
 
-def _s3_options() -> dict[str, Any]:
+def _s3_options(attempts: int) -> dict[str, Any]:
     from fsspec.config import conf
 
     users = conf.get("s3", {}).get("config_kwargs", {})
-    # Botocore's ten connections would be fewer than the reads of a process. One attempt: the patience is ours.
-    return {"config_kwargs": {"max_pool_connections": 100, **users, "retries": {"total_max_attempts": 1}}}
+    retries = {"total_max_attempts": attempts, "mode": "standard"}
+    # Botocore's ten connections would be fewer than the reads of a process. Four parts of 50 MB are uploaded at once.
+    return {"config_kwargs": {"max_pool_connections": 100, **users, "retries": retries}, "max_concurrency": 4}

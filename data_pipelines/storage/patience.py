@@ -21,10 +21,16 @@ T = TypeVar("T")
 
 
 class Patience:
-    """Waits ever longer between attempts, and gives up in the end."""
+    """Waits ever longer between attempts, and gives up in the end.
 
-    def __init__(self, location: str, limit_s: float):
-        self._location, self._limit_s = location, limit_s
+    Args:
+        name: What is read or written, as messages name it.
+        limit_s: How long it is tried after the last progress.
+        setting: How the user changes that, as the end of a sentence.
+    """
+
+    def __init__(self, name: str, limit_s: float, setting: str = "; data.patience_s is how long a read is tried again"):
+        self._name, self._limit_s, self._setting = name, limit_s, setting
         self.renew()
 
     def renew(self) -> None:
@@ -38,9 +44,8 @@ class Patience:
         left_s = self._limit_s - waited_s
         if left_s <= 0 and self._attempts >= _LEAST_ATTEMPTS:
             raise DataError(
-                f"Shard {shown(self._location)} cannot be {action}: {self._attempts} attempts in {waited_s:.0f} s, "
-                f"the last one: {trouble}. See that its server can be reached; data.patience_s is how long a read is "
-                f"tried again."
+                f"{self._name} cannot be {action}: {self._attempts} attempts in {waited_s:.0f} s, the last one: "
+                f"{trouble}. See that its server can be reached{self._setting}."
             )
         first_s, most_s = _DELAYS_S
         delay_s = min(first_s * 2.0 ** min(self._attempts - 1, 20), most_s) * _jitter.uniform(0.5, 1)
@@ -48,7 +53,7 @@ class Patience:
 
 
 def patiently(location: str, patience_s: float, action: str, attempt: Callable[[], T]) -> T:
-    patience = Patience(location, patience_s)
+    patience = Patience(f"Shard {shown(location)}", patience_s)
     while True:
         try:
             return attempt()

@@ -53,7 +53,7 @@ class _RemoteFile(abc.ABC):
     def read(self, offset: int, size: int) -> bytes:
         stop = min(offset + size, self.size)
         found = bytearray()
-        patience = Patience(self._location, self._patience_s)
+        patience = Patience(f"Shard {shown(self._location)}", self._patience_s)
         while (start := offset + len(found)) < stop:
             try:
                 self._fetch(start, min(start + CHUNK, stop), found)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from data_pipelines.errors import DataError, MissingError
 from data_pipelines.storage.addresses import shown
 
-AGAIN = "restore it, or write the manifest again with `python -m data_pipelines index`"
+INDEX_AGAIN = "write the manifest again with `python -m data_pipelines index`"
+AGAIN = f"restore it, or {INDEX_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ def refused(location: str, answer: Answer) -> Exception:
 
 
 def missing_file(location: str, answer: str = "") -> MissingError:
-    return MissingError(
-        f"Shard {shown(location)} cannot be found{answer}: put it back, or write the manifest again with "
-        f"`python -m data_pipelines index`."
-    )
+    return MissingError(f"Shard {shown(location)} cannot be found{answer}: put it back, or {INDEX_AGAIN}.")
 
 
 def wrong_sum(location: str, found: str, known: str) -> DataError:

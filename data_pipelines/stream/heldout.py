@@ -18,6 +18,7 @@ from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.sample import Sample
 from data_pipelines.shards.tar import printable
 from data_pipelines.storage.addresses import shown
+from data_pipelines.storage.wording import INDEX_AGAIN
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.workers import BatchDataset, stream
 
@@ -179,8 +180,8 @@ class _HeldoutBatches(BatchDataset[Batch]):
         for number, sample, row in zip(numbers, samples, self._split.assembler.rows(pairs), strict=True):
             if isinstance(row, SampleError):
                 raise DataError(
-                    f"Held-out {_named(self._split.bad(number, sample, row))}. Mend it or take it out, then run "
-                    f"`python -m data_pipelines index` again."
+                    f"Held-out {_named(self._split.bad(number, sample, row))}. Mend it or take it out, then "
+                    f"{INDEX_AGAIN}."
                 )
             rows.append(row)
         return collate(rows, records=[_record(pair) for pair in pairs if isinstance(pair, Pair) and self._records])

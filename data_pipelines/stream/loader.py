@@ -58,7 +58,7 @@ class TrainingData:
         self.sources = _open_sources(config, seed)
         changes = (source.config.weight for source in self.sources if isinstance(source.config.weight, dict))
         for step in sorted({0}.union(*changes)):
-            self._shares(step)  # raises now what would otherwise end the run there
+            self._shares(step)  # an error is raised now, not at that step
         self._seed = seed
         self._grains_per_step = global_batch // config.grain
         self._accumulation = accumulation
@@ -265,7 +265,7 @@ class _TrainingBatches(BatchDataset):
             yield row
 
     def _replacement(self, source: Source, epoch: int, number: int, item: int, position: int, bad: BadSample) -> Row:
-        # Further bad samples on the way are not reported here: each is when its own turn comes.
+        # Further bad samples on the way are reported when their own turn comes.
         for place in source.order.replacements(epoch, number, item):
             with suppress(SampleError):
                 return self._assembler.row(draw_pair(source.reader.read(*place), position, self._seed))

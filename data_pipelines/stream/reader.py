@@ -21,11 +21,12 @@ from data_pipelines.storage.addresses import is_remote, shown
 from data_pipelines.storage.cache import ShardCache
 from data_pipelines.storage.files import open_bytes
 from data_pipelines.storage.source import ByteSource
+from data_pipelines.storage.wording import AGAIN
 
 MAX_TRAINING_CAPTIONS = 2_000_000  # more do not change a tokenizer, and sentencepiece holds them in memory
 MAX_OPEN_SHARDS = 256  # of a worker; a grain touches two or three, so reopening one costs little
 REMOTE_READS = 16  # at the same time, where samples are read by range requests
-_REINDEX = "it has changed since it was indexed; restore it, or run `python -m data_pipelines index` again."
+_REINDEX = f"it has changed since it was indexed; {AGAIN}."
 
 
 @dataclass(frozen=True)

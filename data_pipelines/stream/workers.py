@@ -31,7 +31,7 @@ from data_pipelines.errors import DataError, UserError
 PREFETCH_FACTOR = 4  # micro-batches a worker keeps ready
 MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows them; many start a process with 1,024
 
-# Of one that failed half-made, whose destructor asks.
+# Read by the destructor of an iterator whose constructor failed.
 _MultiProcessingDataLoaderIter._shutdown = True  # pyright: ignore[reportAttributeAccessIssue]
 
 Item = TypeVar("Item")
@@ -97,7 +97,7 @@ def stream(dataset: BatchDataset[Item], keys: Iterable[Any], workers: int) -> It
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # Of a dead worker, torch reports the death or fails to open the last tensors it sent.
+                # After a worker's death, torch reports it or fails to open the last tensors that it sent.
                 if wait([process.sentinel for process in ours], timeout=1):
                     raise DataError(
                         f"A data worker died, most often because memory or /dev/shm ran out: lower data.workers "
@@ -130,7 +130,7 @@ def _no_hand_over(what: str, error: Exception, workers: int) -> DataError:
     return DataError(f"{what}: {why}. Lower data.workers ({workers} per rank), or {fix}.")
 
 
-_SIGNS = {  # torch raises RuntimeErrors that hold the system's words; the last is what is left of a lost descriptor
+_SIGNS = {  # torch raises RuntimeErrors with the system's words; `ancdata`: a file descriptor was lost on its way
     errno.ENOSPC: ("No space left", "Cannot allocate memory"),
     errno.EMFILE: ("Too many open files", "ancdata"),
 }
@@ -139,7 +139,7 @@ _SIGNS = {  # torch raises RuntimeErrors that hold the system's words; the last 
 def _resource_lacking(error: BaseException | None) -> int | None:
     """The errno of what ran out on the way, as far as an error and its causes say."""
     while error is not None:
-        if isinstance(error, EOFError):  # a living worker had no descriptor left to answer with
+        if isinstance(error, EOFError):  # a live worker had no file descriptor left for its answer
             return errno.EMFILE
         for number, signs in _SIGNS.items():
             if getattr(error, "errno", None) == number or any(sign in str(error) for sign in signs):
@@ -149,7 +149,7 @@ def _resource_lacking(error: BaseException | None) -> int | None:
 
 
 def _answer_with_error(queue: Queue[Any], error: Exception, item: Any) -> None:
-    """Hands over an error in place of the batch that could not be: the trainer would wait for ever."""
+    """Sends an error instead of the batch that could not be sent: else the trainer would wait for ever."""
     if not isinstance(item, tuple):  # pickled already: the pipe itself is broken
         os._exit(1)
     info = get_worker_info()
@@ -159,7 +159,7 @@ def _answer_with_error(queue: Queue[Any], error: Exception, item: Any) -> None:
 
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = _answer_with_error  # pyright: ignore[reportAttributeAccessIssue]; else: a traceback
-    # Threads that pass open files on, and one whose queue the trainer has closed: the trainer tells what did not come.
+    # Threads that pass open files on, or whose queue the trainer has closed, print nothing: the trainer reports it.
     sys.excepthook = threading.excepthook = lambda *_: None
     # One core per worker: their number is the parallelism.
     cv2.setNumThreads(0)

@@ -255,7 +255,7 @@ def take_census(
     else:
         total = sum(source.entry.samples for source in sources if source.entry)
         chosen = {source.number: places for source, places in by_source(sources, spread(total, limit))}
-        none = np.zeros(0, dtype=np.int64)  # what is wrong with a shard counts even where none of it is read
+        none = np.zeros(0, dtype=np.int64)  # faults of a shard count even if none of its samples is read
         tasks = [_Task(source, chosen.get(source.number, none)) for source in sources]
     counted: dict[int, Census] = {}
     for number, census in each_done(_Count(language_field), part.of(tasks), processes):

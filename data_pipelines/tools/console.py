@@ -97,5 +97,5 @@ def progress_bar(title: str, total: int | None, unit: str):
         try:
             yield lambda: progress.advance(task)
         except BaseException:
-            progress.live.transient = True  # the reason stands alone, not below a bar that got nowhere
+            progress.live.transient = True  # an error stands alone, without an unfinished bar above it
             raise

@@ -11,7 +11,7 @@ def add_sources(parser: ArgumentParser) -> None:
 
 
 def add_processes(parser: ArgumentParser) -> None:
-    parser.add_argument("--processes", type=at_least(1), help="working at the same time; by default one a core")
+    parser.add_argument("--processes", type=at_least(1), help="working at the same time; by default one per core")
 
 
 def add_part(parser: ArgumentParser) -> None:

@@ -149,7 +149,7 @@ def _caption(found: object) -> tuple[bytes, dict[str, object]]:
 def _read(path: Path, what: str) -> bytes:
     try:
         told = path.stat()
-        if not stat.S_ISREG(told.st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(told.st_mode):  # reading a pipe would block
             raise SampleError(f"{what} cannot be read: it is no file")
         if told.st_size > MAX_MEMBER_BYTES:
             raise SampleError(f"{what} of {told.st_size:,} bytes is larger than {MAX_MEMBER_BYTES:,}")

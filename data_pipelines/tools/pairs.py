@@ -161,5 +161,5 @@ def _looks_like_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return bool(image_format(file.read(32)))
-    except OSError:  # it may be one: the reason is told when it is packed
+    except OSError:  # it may be an image; packing reports the error
         return True

@@ -100,7 +100,7 @@ def _number(value: float) -> str:
 
 def _chart(title: str, found: Distribution, unit: int) -> _Chart:
     numbers = sorted(found.counts)
-    # Up to the 99th percentile: a single giant would leave nothing to see of the others.
+    # Up to the 99th percentile: one very large value would squeeze all others into one bar.
     least, most = numbers[0], found.percentile(99)
     step = max(1, math.ceil((most + 1 - least) / _BARS))
     bars = [0] * math.ceil((most + 1 - least) / step)

@@ -18,6 +18,7 @@ from data_pipelines.shards.manifest import write_atomically
 from data_pipelines.shards.tar import TarError, iter_members, iter_samples
 from data_pipelines.shards.writer import write_shard
 from data_pipelines.storage.addresses import shown
+from data_pipelines.storage.wording import AGAIN
 from data_pipelines.text import to_json
 from data_pipelines.tools.sources import WHOLE, Part, Source, by_source
 
@@ -144,7 +145,7 @@ def _members(location: str, data: bytes, start: int) -> tuple[str, dict[str, byt
     except (TarError, ValueError) as error:
         raise DataError(
             f"Shard {shown(location)} from byte {start:,} holds no sample ({error}): it has changed since it was "
-            f"indexed; run `python -m data_pipelines index` again."
+            f"indexed; {AGAIN}."
         ) from None
     return sample.key, {extension: read(m.start, m.size) for extension, m in sample.members.items()}
 
@@ -155,6 +156,6 @@ def _with_unique_keys(
     # Two sources may use the same keys, and readers take neighbours of one key for one sample.
     times = Counter(key for _, key, _ in samples)
     keys = [key if times[key] == 1 else f"{source.number:05d}-{key}" for source, key, _ in samples]
-    if len(set(keys)) < len(keys):  # a key that looked like another's new one
+    if len(set(keys)) < len(keys):  # an old key equals one made here
         keys = [f"{source.number:05d}-{key}" for source, key, _ in samples]
     return [{"__key__": key, **members} for key, (_, _, members) in zip(keys, samples, strict=True)]

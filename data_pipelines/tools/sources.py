@@ -17,6 +17,7 @@ from data_pipelines.shards.seal import Seal
 from data_pipelines.storage.addresses import is_remote, shown
 from data_pipelines.storage.files import expand, open_bytes
 from data_pipelines.storage.source import ByteSource
+from data_pipelines.storage.wording import AGAIN
 from data_pipelines.stream.reader import fits
 from data_pipelines.text import counted
 
@@ -33,7 +34,7 @@ class Source:
     location: str
     entry: Shard | None = None  # what a manifest says of it
     index: Path | None = None  # where that manifest keeps its byte ranges
-    bits: np.ndarray | None = None  # which samples are kept, eight a byte; None for all
+    bits: np.ndarray | None = None  # one bit per sample, set if it is kept; None for all
 
     def open(self, *, ahead: bool) -> ByteSource:
         """Opens it.
@@ -79,12 +80,11 @@ class Source:
         if entry is not None and len(rows) != entry.indexed:
             raise DataError(
                 f"Shard {shown(self.location)} holds {counted(len(rows), 'sample')} but the manifest counts "
-                f"{entry.indexed:,}: it has changed; run `python -m data_pipelines index` again."
+                f"{entry.indexed:,}: it has changed; {AGAIN}."
             )
         if stored is not None and not np.array_equal(stored, rows):
             raise DataError(
-                f"Shard {shown(self.location)} holds other samples than when it was indexed: it has changed; run "
-                f"`python -m data_pipelines index` again."
+                f"Shard {shown(self.location)} holds other samples than when it was indexed: it has changed; {AGAIN}."
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""CSV, TSV, JSONL and parquet, row by row: a row that is none stands in its place as an error, and so none is lost.
+"""CSV, TSV, JSONL and parquet, row by row: a bad row is an error in its place, so that no row is lost.
 
 Text is split by the standard library, since pyarrow's CSV reader drops quotation marks, takes all lines up to the next
 one for a cell, and gives up a JSONL file for one bad line. Of parquet, which has no lines, pyarrow is the reader.
@@ -54,7 +54,7 @@ def read_table(path: Path) -> Table:
 
 
 def _csv(path: Path) -> Table:
-    csv.field_size_limit(MAX_JSON_BYTES)  # of a cell, and so of what a quotation mark without its partner takes in
+    csv.field_size_limit(MAX_JSON_BYTES)  # of a cell: bounds what an unclosed quotation mark takes in
     return _with_header(path, _csv_fields)
 
 

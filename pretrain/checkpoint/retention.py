@@ -8,8 +8,7 @@ from pathlib import Path
 
 from data_pipelines.text import to_json
 
-SCORES = "scores.json"
-_PIN = "PINNED"
+SCORES, PIN = "scores.json", "PINNED"
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,15 @@ class Keep:
 
 def pin(checkpoint: Path) -> None:
     """Lets a checkpoint stay whatever comes after it."""
-    (checkpoint / _PIN).touch()
+    (checkpoint / PIN).touch()
 
 
 def unpin(checkpoint: Path) -> None:
-    (checkpoint / _PIN).unlink(missing_ok=True)
+    (checkpoint / PIN).unlink(missing_ok=True)
 
 
 def is_pinned(checkpoint: Path) -> bool:
-    return (checkpoint / _PIN).exists()
+    return (checkpoint / PIN).exists()
 
 
 def read_scores(folder: Path, metric: str | None) -> dict[int, float]:

@@ -72,7 +72,8 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.captioning": ("pretrain.models", "pretrain.objectives", "pretrain.collectives"),
     "pretrain.checkpoint": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.parallel.tensor"),
-        *("pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines.text"),
+        *("pretrain.screen", "pretrain.config", "pretrain.errors"),
+        *("data_pipelines.errors", "data_pipelines.storage", "data_pipelines.text"),
     ),
     "pretrain.figures": (
         *("pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh", "pretrain.retrieval"),
@@ -96,20 +97,21 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     ),
     "pretrain.synthetic": (
         *("pretrain.models", "pretrain.objectives", "pretrain.config", "pretrain.errors"),
-        "data_pipelines.samples.masking",
+        *("data_pipelines.batch", "data_pipelines.samples.masking"),
     ),
     "pretrain.models": (
         *("pretrain.objectives", "pretrain.collectives", "pretrain.config", "pretrain.model_config"),
         *("pretrain.errors", "data_pipelines.batch"),
     ),
     "pretrain.optim": ("pretrain.config",),
-    "pretrain.objectives": ("pretrain.collectives",),
+    "pretrain.objectives": ("pretrain.collectives", "data_pipelines.batch"),
     "pretrain.collectives": (),
     "pretrain.config": (
-        *("pretrain.model_config", "pretrain.config_text", "pretrain.errors"),
+        *("pretrain.model_config", "pretrain.run_config", "pretrain.config_text", "pretrain.errors"),
         *("data_pipelines.config", "data_pipelines.redaction"),
     ),
     "pretrain.model_config": ("data_pipelines.config",),
+    "pretrain.run_config": ("data_pipelines.config", "data_pipelines.redaction"),
     "pretrain.config_text": ("pretrain.errors",),  # of any schema
     "pretrain.errors": ("data_pipelines.errors",),
     "pretrain": (),

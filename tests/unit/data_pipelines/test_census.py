@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from corpus import Members, caption, jpeg, make_corpus, member
-from http_server import ShardServer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +22,7 @@ from data_pipelines.tools.census import Census, take_census
 from data_pipelines.tools.distribution import Distribution, JsonField
 from data_pipelines.tools.scripts import script_of
 from data_pipelines.tools.sources import by_source, load_sources, name_sources, spread
+from http_server import ShardServer
 
 
 def census_of(*names: object, **options: object) -> Census:
@@ -203,7 +203,7 @@ def test_a_shard_whose_manifest_counts_other_samples_is_refused(tmp_path: Path):
     make_corpus(tmp_path / "c", tmp_path, (3,))
     manifest = tmp_path / "c" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"samples": 3', '"samples": 4'))
-    with pytest.raises(DataError, match=r"holds 3 samples but the manifest counts 4: it has changed; run `python -m"):
+    with pytest.raises(DataError, match=r"holds 3 samples but the manifest counts 4: it has changed; restore it, or"):
         census_of(manifest)
 
 

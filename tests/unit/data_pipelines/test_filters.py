@@ -321,7 +321,7 @@ def test_bits_of_another_manifest_are_refused_with_the_fix(tmp_path: Path):
     index(tmp_path, MIXED, min_size=40)
     bits = np.load(tmp_path / "m.keep.npy")
     np.save(tmp_path / "m.keep.npy", ~bits)
-    with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write it again"):
+    with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write the man"):
         Manifest.load(tmp_path / "m.json")
 
 
@@ -329,7 +329,7 @@ def test_a_worker_that_would_start_after_the_manifest_was_filtered_anew_is_refus
     before, _ = index(tmp_path, MIXED, min_size=40)
     assert keys(pickle.loads(pickle.dumps(before))) == "bdef"
     index(tmp_path, caption_characters=(2, 29))  # keeps as many
-    with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write it again"):
+    with pytest.raises(DataError, match=r"m\.keep\.npy is not the one that .*m\.json was written with: write the man"):
         pickle.dumps(before)
 
 

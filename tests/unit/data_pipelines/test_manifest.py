@@ -182,7 +182,7 @@ def test_a_shard_of_another_size_is_named_with_both_sizes_and_the_fix(corpus: Co
 )
 def test_what_is_no_manifest_is_said_to_be_none(content: str, tmp_path: Path):
     (tmp_path / "m.json").write_text(content)
-    with pytest.raises(DataError, match=r"m\.json is not a manifest of shards .*: write it again"):
+    with pytest.raises(DataError, match=r"m\.json is not a manifest of shards .*: write the manifest again"):
         Manifest.load(tmp_path / "m.json")
 
 

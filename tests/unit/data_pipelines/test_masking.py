@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.samples.masking import IGNORE, mask_words, num_masked_slots
+from data_pipelines.batch import IGNORE
+from data_pipelines.samples.masking import mask_words, num_masked_slots
 from data_pipelines.samples.tokenizer import Tokenizer
 
 LENGTH = 24

@@ -1,70 +1,43 @@
 """Shards in S3: a real server on loopback, and one that passes its answers on badly."""
 
-import logging
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
-import boto3
 import fsspec.config
 import numpy as np
 import pytest
-from http_server import Fault, ShardServer, etag
-from moto.server import ThreadedMotoServer
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import filesystems
 from data_pipelines.storage.addresses import file_name
 from data_pipelines.storage.files import describe, expand, open_bytes
 from data_pipelines.storage.source import ByteSource
+from http_server import Fault, ShardServer, etag
+from object_store import object_store
 
 CONTENT = np.random.default_rng(0).bytes(10_000)
 URL = "s3://corpus/train/00001.tar"
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    """Speaks to a real server of S3; its address is `client.meta.endpoint_url`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="us-east-1",
-        aws_access_key_id="nobody",
-        aws_secret_access_key="nothing",
-    )
-    server.stop()
+def servers() -> Iterator[tuple[Any, ShardServer]]:
+    """One pair for all tests, as making a client of S3 takes half a second."""
+    with object_store() as pair:
+        yield pair
 
 
-@pytest.fixture(scope="module")
-def passes_on(client: Any) -> Iterator[ShardServer]:
-    """One for all tests, as making a client of S3 takes half a second."""
-    address = urlsplit(client.meta.endpoint_url)
-    assert address.hostname
-    assert address.port
-    server = ShardServer(upstream=(address.hostname, address.port))
-    with pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)
-        values = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "nothing", "DEFAULT_REGION": "us-east-1"}
-        files = {"CONFIG_FILE": "/dev/null", "SHARED_CREDENTIALS_FILE": "/dev/null"}
-        for name, value in (values | files | {"EC2_METADATA_DISABLED": "true", "ENDPOINT_URL": server.url}).items():
-            environment.setenv(f"AWS_{name}", value)
-        environment.setenv("NO_PROXY", "127.0.0.1")
-        yield server
-    filesystems._filesystems.clear()
-    server.stop()
+@pytest.fixture
+def client(servers: tuple[Any, ShardServer]) -> Any:
+    """Speaks to the server itself."""
+    return servers[0]
 
 
 @pytest.fixture(autouse=True)
-def proxy(client: Any, passes_on: ShardServer) -> ShardServer:
+def proxy(servers: tuple[Any, ShardServer]) -> ShardServer:
     """What is read goes through here, faultless unless told otherwise."""
+    client, passes_on = servers
     client.create_bucket(Bucket="corpus")
     for name in ("00000.tar", "00001.tar", "00002.tar", "x[1].tar", "notes.txt"):
         put(client, name, CONTENT)

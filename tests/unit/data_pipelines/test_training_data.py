@@ -19,10 +19,9 @@ from corpus import Corpus, Members, make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.batch import Batch
+from data_pipelines.batch import IGNORE, Batch
 from data_pipelines.errors import DataError
 from data_pipelines.order.mixture import DataState
-from data_pipelines.samples.masking import IGNORE
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.stream.workers import BatchDataset, stream, usable_workers
 

@@ -45,6 +45,12 @@ def test_3e_4_is_a_number_although_yaml_reads_a_string(path):
     [
         ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat: did you mean 'learning_rate'?"),
         ("objectives.matching.poool=4", "unknown key objectives.matching.poool: did you mean 'pool'?"),
+        *(
+            (f"checkpoint.mirror={url}", f"checkpoint.mirror {url} is no folder of an object store: write s3://bucket/")
+            for url in ("copies/here", "/copies", "https://host/x", "s3://", "s3:/bucket/x", "file:///copies")
+        ),
+        ("checkpoint.mirror=s3://me:pw@bucket/x", "checkpoint.mirror s3://bucket/x has more than a bucket and a fol"),
+        ("checkpoint.mirror=s3://bucket/x?sig=sesame", "checkpoint.mirror s3://bucket/x?... has more than a bucket"),
         ("modle.size=tiny", "unknown key modle: did you mean 'model'?"),
         ("model.size=huge", "model.size is 'huge': input should be 'tiny', 'small/16', 'base/16' or 'large/16'."),
         ("training.steps=many", "training.steps is 'many': input should be a valid integer"),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipelines.batch import IGNORE
 from distributed.tiny import build, run_each, tiny_config
 from pretrain.models.layer import Flow
 from pretrain.models.model import Model
 from pretrain.models.towers import Vocabulary
-from pretrain.objectives.masked_lm import UNUSED
 from pretrain.parallel.first_pass import prepare
 from pretrain.parallel.mesh import ALONE
 
@@ -40,7 +40,7 @@ def pictures_with_captions(positions: Tensor) -> Flow:
         "text": text,
         "masked_text": text.scatter(1, hidden, MASK),
         "masked_positions": torch.cat([hidden, 0 * hidden], dim=1),
-        "masked_targets": torch.cat([text.gather(1, hidden), torch.full_like(hidden, UNUSED)], dim=1),
+        "masked_targets": torch.cat([text.gather(1, hidden), torch.full_like(hidden, IGNORE)], dim=1),
         "positions": positions,
         "image_ids": kind,
         "caption_ids": kind,

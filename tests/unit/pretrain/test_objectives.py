@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipelines.batch import IGNORE
 from pretrain.objectives.captioning import captioning_loss, count_targets
 from pretrain.objectives.contrastive import Identity, contrastive_loss
 from pretrain.objectives.cross_entropy import cross_entropy
-from pretrain.objectives.masked_lm import UNUSED, masked_lm_loss
+from pretrain.objectives.masked_lm import masked_lm_loss
 from pretrain.objectives.matching import HardNegatives, matching_loss, mine_hard_negatives
 from pretrain.objectives.noise import gumbel
 
@@ -156,7 +157,7 @@ def test_class_1_means_belongs_together():
 
 def test_every_caption_weighs_the_same_in_masked_lm():
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[4, UNUSED, UNUSED], [1, 2, 3]])
+    targets = torch.tensor([[4, IGNORE, IGNORE], [1, 2, 3]])
     loss, counts = masked_lm_loss(logits, targets, 7)
     per_slot = -logits.log_softmax(dim=2)
     second = (per_slot[1, 0, 1] + per_slot[1, 1, 2] + per_slot[1, 2, 3]) / 3
@@ -165,7 +166,7 @@ def test_every_caption_weighs_the_same_in_masked_lm():
 
 
 def test_a_caption_without_masked_slots_is_defined():
-    loss, counts = masked_lm_loss(torch.randn(1, 2, 5), torch.full((1, 2), UNUSED), 5)
+    loss, counts = masked_lm_loss(torch.randn(1, 2, 5), torch.full((1, 2), IGNORE), 5)
     assert loss == 0
     assert counts.tolist() == [0, 0]
 

@@ -44,6 +44,7 @@ class Request:
     range: str
     headers: dict[str, str]
     time_s: float
+    method: str
 
 
 class ShardServer:
@@ -111,7 +112,10 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = urlsplit(self.path).path  # of a proxy it is asked for a whole URL
             headers = dict(self.headers.items())
-            shards.requests.append(Request(self.path, headers.get("Range", ""), headers, time.monotonic()))
+            given = self.rfile.read(int(headers.get("Content-Length", 0)))
+            shards.requests.append(
+                Request(self.path, headers.get("Range", ""), headers, time.monotonic(), self.command)
+            )
             fault = shards.faults.popleft() if shards.faults else shards.always
             shards.count(1)
             time.sleep(shards.delay_s + fault.late_s)
@@ -119,13 +123,12 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             if fault.reset:
                 self.close_connection = True
                 return
-            status, headers, body = self._from_upstream() if shards.upstream else self._from_files(path, fault)
+            status, headers, body = self._from_upstream(given) if shards.upstream else self._from_files(path, fault)
             if fault.status:
                 status, headers, body = fault.status, {}, b"no bytes of a shard"
             self._send(status, headers, body if fault.body is None else fault.body, fault)
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
         def _from_files(self, path: str, fault: Fault) -> tuple[int, dict[str, str], bytes]:
             if path not in shards.files:
@@ -143,10 +146,10 @@ def _handler_of(shards: ShardServer) -> type[BaseHTTPRequestHandler]:
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return 206, headers, content[first : last + 1]
 
-        def _from_upstream(self) -> tuple[int, dict[str, str], bytes]:
+        def _from_upstream(self, given: bytes) -> tuple[int, dict[str, str], bytes]:
             assert shards.upstream
             connection = http.client.HTTPConnection(*shards.upstream)
-            connection.request(self.command, self.path, headers=dict(self.headers.items()))
+            connection.request(self.command, self.path, given, dict(self.headers.items()))
             answer = connection.getresponse()
             body = answer.read()
             hop = ("connection", "transfer-encoding", "content-length" if self.command == "GET" else "")
