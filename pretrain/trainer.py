@@ -165,7 +165,7 @@ class Trainer:
         stopping, saving = self.mesh.world.sum(wishes).tolist()
         if stopping and self.step == 0:
             raise Interrupted
-        if stopping or saving:
+        if stopping or (saving and self.step > 0):
             self._save(must=bool(stopping))
         if stopping:
             raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
