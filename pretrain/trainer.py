@@ -208,7 +208,7 @@ class Trainer:
         saving, leaving = self.mesh.world.sum(wishes).tolist()
         if leaving and self.step == 0:
             raise Interrupted
-        if saving or leaving:
+        if leaving or (saving and self.step > 0):
             self._save(must=bool(leaving))
         if leaving:
             reason = self.mesh.world.from_first(self.orders.reason)
@@ -268,9 +268,7 @@ class Trainer:
         if checkpoint is None:
             if self.health.skips_too_many:
                 raise self.health.too_many_skipped()
-            self.journal.alarm(
-                self.step, f"{problem}; there is no checkpoint yet to go back to, so that training goes on."
-            )
+            self.journal.alarm(self.step, f"{problem}; there is no checkpoint to go back to: training goes on.")
             return False
         most, before = self.config.training.max_rollbacks, len(self.data_state.left_out)
         if before >= most:

@@ -141,7 +141,7 @@ def test_a_run_that_jumps_again_and_again_stops_with_a_sentence(spiking):
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(spiking):
     config, result = spiking("early", "checkpoint.every=100", "training.steps=16", ranks=1)
     assert result.code == 0, result.err
-    assert result.out.count("there is no checkpoint to go back to, so that training goes on") == 1
+    assert result.out.count("there is no checkpoint to go back to: training goes on") == 1
     assert len(metrics(config.output)) == 16
 
 
