@@ -21,6 +21,11 @@ def transfers(config: Config, cost: StepCost, layout: Layout, part: range, *, gp
     """
     costs, steps = cost.layers[part.start : part.stop], layout.micro_steps
     found = list(_weight_transfers(config, costs, layout, gpu)) if layout.data_parallel > 1 else []
+    if layout.tensor_parallel > 1:
+        share = layout.data_parallel if config.engine.zero_stage else 1
+        copied = 4 * sum(layer.copied for layer in costs) / share
+        # ZeRO has groups of matrices, of 1-D parameters and of the temperature.
+        found.append(Transfer("gradients of copies", "all-reduce", "tp", copied, 3 if config.engine.zero_stage else 1))
     merged: dict[tuple[str, str, str], Transfer] = {}
     for each in (transfer for layer in costs for transfer in layer.transfers):
         key = each.what, each.kind, each.axis

@@ -66,6 +66,8 @@ class LayerCost:
     name: str
     weights: tuple[int, ...]
     """Elements of each parameter that the rank holds."""
+    copied: int
+    """Elements of those that are not cut: the ranks of a tp axis hold the same."""
     flops: float
     """Of an optimizer step: forward, backward, what is computed again, and the first pass."""
     kept: float
@@ -263,6 +265,7 @@ class _Run:
             yield LayerCost(
                 name=name,
                 weights=tuple(math.prod(part.size) for part in self.parts[same]),
+                copied=sum(math.prod(part.size) for part in self.parts[same] if not part.is_cut),
                 flops=sum(count * meter.flops[phase, same] for phase, count in times.items()),
                 kept=self.kept["forward", same],
                 peak_forward=max(meter.peak.get(("forward", same), 0) - before, 0),
