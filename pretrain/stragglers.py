@@ -23,7 +23,7 @@ _KINDS = ("data", "compute")
 
 @dataclass(frozen=True)
 class Slowest:
-    """The rank whose own time exceeds the median by the largest factor."""
+    """The rank whose own time exceeds the median by most."""
 
     rank: int
     kind: str
