@@ -26,6 +26,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAda
 # lock behind, and every later run waits for it for ever. gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# DeepSpeed imports the Muon optimizer at every start, and compiling that one imports torch's compiler: two seconds.
+deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
+
 
 class ZeroEngine:
     """Builds the model layer by layer, partitioning each before the next, and trains it."""
