@@ -1,0 +1,186 @@
+"""Lives of a run: each is the same command again, and ends in the way of its fault. What holds after each is checked."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from faults.injector import VARIABLE, Fault, as_variable
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.errors import CheckpointError
+from pretrain.parallel.mesh import ALONE
+from warm import TESTS, Nursery
+
+PATIENCE_S = 150.0  # for a life on a machine that others use as well
+NOT_REPEATED = ("time/", "memory/", "checkpoint/")  # metrics that no two runs share
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A life that is over."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@dataclass
+class Life:
+    """A process that was started, cold or warm, and all that it starts."""
+
+    process: int
+    folder: Path
+    _nursery: Nursery | None
+    _popen: "subprocess.Popen[bytes] | None"
+    _begin: float = field(default_factory=time.monotonic)
+
+    def poll(self) -> int | None:
+        return self._popen.poll() if self._popen else self._nursery.poll(self.process)  # pyright: ignore
+
+    def end(self, patience_s: float = PATIENCE_S) -> Ended:
+        """Waits for its end.
+
+        Raises:
+            AssertionError: it does not end; then it is killed.
+        """
+        deadline = time.monotonic() + patience_s
+        while (code := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seconds = time.monotonic() - self._begin
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        if code is None:
+            self.kill()
+            raise AssertionError(f"did not end in {patience_s} s:\n{out}\n{err}")
+        return Ended(code, out, err, seconds)
+
+    def kill(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, 9)
+
+    def processes(self) -> list[int]:
+        """Whoever is alive and says what this life says: the launcher, the ranks, their data workers."""
+        alive = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (process / "fd" / "1").readlink() == self.folder / "out":
+                    alive.append(int(process.name))
+        return alive
+
+    def wait_for(self, words: str, patience_s: float = PATIENCE_S) -> None:
+        """Returns when the life has said these words."""
+        deadline = time.monotonic() + patience_s
+        while words not in (self.folder / "out").read_text():
+            assert self.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return "".join((self.folder / name).read_text() for name in ("out", "err"))
+
+
+class Run:
+    """A config and its folder, and the lives that were spent on it."""
+
+    def __init__(self, tree: dict[str, Any], folder: Path, nursery: Nursery | None = None) -> None:
+        self.folder = folder
+        self.output = Path(tree["output"])
+        self.checkpoints = self.output / "checkpoints"
+        self.config = folder / "run.yaml"
+        self.config.write_text(yaml.safe_dump(tree))
+        self.nursery = nursery
+        self.lives: list[Life] = []
+
+    def start(self, *overrides: str, ranks: int = 2, faults: Sequence[Fault] = (), cold: bool = False) -> Life:
+        """`python -m launch local`."""
+        return self.start_module("launch", "local", self.config, *overrides, "--nproc", ranks, faults=faults, cold=cold)
+
+    def start_module(self, *arguments: object, faults: Sequence[Fault] = (), cold: bool = False) -> Life:
+        folder = self.folder / f"life-{len(self.lives)}"
+        folder.mkdir()
+        words = [str(argument) for argument in arguments]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", VARIABLE: as_variable([*faults])}
+        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+            if cold or self.nursery is None:
+                # What Python runs at every start, and the only way into ranks that a launcher starts.
+                (folder / "sitecustomize.py").write_text("from faults import injector\n\ninjector.install()\n")
+                environment["PYTHONPATH"] = f"{folder}:{TESTS}:{TESTS.parent}"
+                popen = subprocess.Popen(
+                    [sys.executable, "-m", *words], stdout=out, stderr=err, env=environment, start_new_session=True
+                )
+                life = Life(popen.pid, folder, None, popen)
+            else:
+                process = self.nursery.start(words, environment, out.fileno(), err.fileno())
+                life = Life(process, folder, self.nursery, None)
+        self.lives.append(life)
+        return life
+
+    def live(self, *overrides: str, ranks: int = 2, faults: Sequence[Fault] = (), cold: bool = False) -> Ended:
+        return self.start(*overrides, ranks=ranks, faults=faults, cold=cold).end()
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds, without times and the like."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [
+            {name: value for name, value in json.loads(line).items() if not name.startswith(NOT_REPEATED)}
+            for line in lines
+            if line.endswith("}")
+        ]
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is whole, as a reader beside the run finds it."""
+        try:
+            found = CheckpointStore(self.checkpoints, ALONE, 2).newest_valid(quarantine=False)
+        except CheckpointError:
+            return None
+        return int(found.name.removeprefix("step-")) if found else None
+
+    def leftovers(self) -> list[str]:
+        """Folders of saves that were never finished."""
+        return [path.name for path in self.checkpoints.glob(".tmp-*")]
+
+
+def assert_intact(run: Run, expected: Sequence[dict[str, Any]]) -> None:
+    """What holds after any fault: nobody is left, the steps so far are the undisturbed run's, no checkpoint is half."""
+    deadline = time.monotonic() + 20
+    while (left := [life.processes() for life in run.lives]) != [[] for _ in run.lives]:
+        assert time.monotonic() < deadline, f"processes left: {left}"
+        time.sleep(0.05)
+    steps = run.steps()
+    assert steps == list(expected[: len(steps)])
+    assert len(run.leftovers()) <= 1
+    for checkpoint in run.checkpoints.glob("step-*"):
+        step = int(checkpoint.name.removeprefix("step-"))
+        store = CheckpointStore(run.checkpoints, ALONE, 2)
+        assert store.newest_valid(quarantine=False, step=step) == checkpoint
+
+
+def resumed_at(ended: Ended) -> int | None:
+    """The step that a life went on from; None for a fresh start."""
+    found = re.search(r"^Resumed from .*, at step (\d+)\.$", ended.out, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`, of so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    import pytest
+
+    if (mounted := subprocess.run(mount, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
