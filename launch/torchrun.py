@@ -43,6 +43,7 @@ MEANINGS = {
     4: "the config, the data or the disk needs mending, see the message above",
     5: "too many bad steps",
     7: "the layout does not take the steps of one process",
+    8: "another job owns the run's folder now",
     85: "saved what there was; the same command goes on from there",
 }
 

@@ -171,8 +171,15 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=500, ge=1)
     """Steps between two checkpoints; the last step always saves."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes after which to save between those too. null: only by steps."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes per parameter over the ranks that share them.
+    false: training waits, and nothing is copied."""
     keep: int = Field(default=3, ge=2)
     """Newest checkpoints that stay on disk."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that this divides stay too. null: none."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
     error if there is one, so that nothing is overwritten."""

@@ -29,6 +29,12 @@ class LayoutError(UserError):
     exit_code = 7
 
 
+class FencedError(UserError):
+    """Another job owns the run's folder now, and this one may change nothing in it (exit code 8)."""
+
+    exit_code = 8
+
+
 class StoppedError(UserError):
     """Told to stop, and saved what there was: the same command goes on from there (exit code 85)."""
 

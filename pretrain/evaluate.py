@@ -64,7 +64,7 @@ def open_run(run_folder: Path, step: int | None, overrides: Sequence[str]) -> tu
     """
     alone = EngineConfig(zero_stage=0)
     mesh = start_mesh(alone)
-    store = CheckpointStore(run_folder / "checkpoints", mesh.world, keep=2)
+    store = CheckpointStore(run_folder / "checkpoints", mesh.world)
     checkpoint = store.newest_valid(quarantine=False, step=step)
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint in {store.folder}: give the output folder of a run that has saved one.")
@@ -134,6 +134,6 @@ def load_engine(config: Config, mesh: Mesh, data: HeldoutData, checkpoint: Path)
     """The model on its layout, with a checkpoint's weights."""
     engine = build_engine(config, mesh, vocabulary=vocabulary_of(data.tokenizer), micro_batch_per_rank=BATCH)
     with still_there(checkpoint):
-        CheckpointStore(checkpoint.parent, mesh.world, keep=2).load(checkpoint, engine.fragments())
+        CheckpointStore(checkpoint.parent, mesh.world).load(checkpoint, engine.fragments())
     engine.loaded(0)
     return engine

@@ -30,7 +30,7 @@ _CARDS = {
     "health/skipped_steps": "optimizer/skipped_steps",
     "health/bad_samples": "progress/bad_samples",
 }
-_GROUPS = {"loss": "", "epoch": "progress/", "time": "system/", "memory": "system/"}
+_GROUPS = {"loss": "", "epoch": "progress/", "time": "system/", "memory": "system/", "checkpoint": "system/"}
 
 
 class Clock:
@@ -68,7 +68,7 @@ class Metrics:
         except OSError as error:
             raise cannot_write(f"metrics in {self.folder}", error) from None
         self._recent_s: list[float] = []
-        self._last_written = first_step  # the step of the last line
+        self._last_written = self._last_with_checkpoint = first_step  # steps of lines
         self._broken = False
 
     def describe(self, text: str, facts: Mapping[str, Any]) -> None:
@@ -87,11 +87,22 @@ class Metrics:
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """What evaluation after `step`, the last one, found: `heldout/...` in the line of that step."""
-        with self._surviving_a_full_disk():
-            if self._last_written == step:
-                scores = _json({f"heldout/{name}": value for name, value in values.items()})
-                _append(self._jsonl, b", " + scores.removeprefix(b"{"), instead_of=b"}\n")
+        if self._last_written == step:
+            self._add({f"heldout/{name}": value for name, value in values.items()})
         self._show(self._heldout_board, step, values)
+
+    def checkpoint(self, values: dict[str, float]) -> None:
+        """What a save took that was done after the last step: `checkpoint/...` in the line of that step."""
+        named = {f"checkpoint/{name}": value for name, value in values.items()}
+        if self._last_with_checkpoint < self._last_written:  # once per line: a name is in it once
+            self._add(named)
+        self._last_with_checkpoint = self._last_written
+        self._show(self._board, self._last_written, named)
+
+    def _add(self, values: dict[str, float]) -> None:
+        """Puts more values into the last line."""
+        with self._surviving_a_full_disk():
+            _append(self._jsonl, b", " + _json(values).removeprefix(b"{"), instead_of=b"}\n")
 
     def bad_samples(self, step: int, samples: Sequence[BadSample]) -> None:
         """Lists samples that were replaced in bad_samples.jsonl, which `index --exclude` reads."""

@@ -68,7 +68,7 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
     Raises:
         UserError: what is there cannot be used, or does not divide over the processes.
     """
-    if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world, 2).has_begun()):
+    if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world).has_begun()):
         check_ranks(config, mesh)
     spec = batch_spec(config)
     data = TrainingData(

@@ -18,19 +18,19 @@ from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
+from pretrain.checkpoint.retention import Keep
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError, StorageError, TrainingError
+from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.mesh import Mesh
 from pretrain.run_folder import keep_config, keep_tokenizer
+from pretrain.saving import Saving
 from pretrain.screen import say
 from pretrain.stopping import Interrupted, Stop
 from pretrain.validation import AbandonedError, validate
-
-MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
 
 
 class Trainer:
@@ -45,15 +45,15 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, config.checkpoint.keep)
+        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every)
+        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, keep)
+        self.saving = Saving(config.checkpoint, self.store)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.failed_saves = 0
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
-        self.saved_step: int | None = None
         self.looked_for_negatives = self.lacks_negatives = False
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
@@ -87,7 +87,7 @@ class Trainer:
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saved_step = run["step"]
+        self.step = self.saving.saved_step = run["step"]
         self.skipped_steps = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
@@ -115,6 +115,7 @@ class Trainer:
                 clock = Clock()
                 self._train_step(self._next_step(batches, clock), clock)
                 last = self.step == training.steps
+                self.saving.settle()
                 if self.step % checkpoint.every == 0 or last:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
@@ -134,7 +135,7 @@ class Trainer:
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         keep_config(self.config.output, text, self.step)
         keep_tokenizer(self.config.output, self.config.data.tokenizer)
-        self.metrics = Metrics(self.config, self.step)
+        self.metrics = self.saving.metrics = Metrics(self.config, self.step)
         self.metrics.describe(text, facts(self.config, self.mesh, self.data, parameters))
 
     def _next_step(self, batches: Iterator[Batch], clock: Clock) -> list[Batch]:
@@ -150,11 +151,13 @@ class Trainer:
                 micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
         except Interrupted:
             pass
-        if self.mesh.world.sum(torch.tensor(int(self.stop.requested), device=self.mesh.device)):
-            if self.step == 0:
-                raise Interrupted
-            if self.saved_step != self.step:
-                self._save(must=True)
+        wishes = torch.tensor([self.stop.requested, self.saving.is_time()], device=self.mesh.device).long()
+        stopping, saving = self.mesh.world.sum(wishes).tolist()
+        if stopping and self.step == 0:
+            raise Interrupted
+        if stopping or saving:
+            self._save(must=bool(stopping))
+        if stopping:
             raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
@@ -283,21 +286,7 @@ class Trainer:
         }
 
     def _save(self, must: bool) -> None:
-        """Saves; a failure ends the run only if this save must succeed, or several in a row did not."""
-        if self.metrics:
-            self.metrics.flush()
-        problem = self.store.save(self.step, self.engine.fragments(), self._run_state())
-        if problem is None:
-            self.failed_saves, self.saved_step = 0, self.step
-            self._say(f"Saved step {self.step} in {self.store.folder}.")
-            return
-        self.failed_saves += 1
-        self._say(f"Could not save step {self.step}: {problem}. Earlier checkpoints are untouched.")
-        if must or self.failed_saves >= MAX_FAILED_SAVES:
-            raise StorageError(
-                f"Step {self.step} could not be saved in {self.store.folder} ({problem}): make space or mend the disk, "
-                f"and start again with the same command to go on from the newest checkpoint."
-            )
+        self.saving.save(self.step, self.engine.fragments(), self._run_state(), must)
 
     def _run_state(self) -> dict[str, Any]:
         return {

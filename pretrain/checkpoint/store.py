@@ -23,13 +23,16 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.fragments import Written, merge_index, read_fragments, write_fragments
-from pretrain.errors import CheckpointError, StorageError
+from pretrain.checkpoint.retention import Keep
+from pretrain.errors import CheckpointError, FencedError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import Axis
 from pretrain.screen import say
@@ -43,26 +46,77 @@ def _name(step: int) -> str:
     return f"step-{step:09d}"
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is there."""
+
+    step: int
+    write_s: float  # the slowest rank's writing, hashing and waiting for the disk
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A checkpoint that is not there: it costs this save, not the run."""
+
+    step: int
+    problem: str
+
+
 class CheckpointStore:
     """The checkpoints of one run. All ranks of `world` call each method together."""
 
-    def __init__(self, folder: Path, world: Axis, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: Axis,
+        keep: Keep | None = None,
+        still_owner: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            folder: where they lie.
+            world: all ranks of the run.
+            keep: which of them stay.
+            still_owner: called on the first rank before anything is committed, moved or removed; a sentence says why
+                this run may no longer do so.
+        """
         self.folder = folder
         self.world = world
         self.is_main = world.rank == 0
-        self.keep = keep
+        self.keep = keep or Keep()
+        self.still_owner = still_owner
+        self._outcome: Saved | Failed | None = None
 
-    def save(self, step: int, fragments: Iterable[Fragment], run: dict[str, Any]) -> str | None:
-        """Writes and commits a checkpoint, on all ranks or not at all.
+    def save(self, step: int, fragments: Iterable[Fragment], run: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; `settle` tells what became of it. One at a time.
 
         Args:
             step: optimizer steps taken.
-            fragments: this rank's state.
+            fragments: this rank's state, which may change again as soon as this returns.
             run: what the whole run needs to go on: plain JSON values, the same on every rank.
+        """
+        assert self._outcome is None, "one save at a time"
+        begin = time.perf_counter()
+        problem = self._save(step, fragments, run)
+        elapsed_s = time.perf_counter() - begin
+        self._outcome = Failed(step, problem) if problem else Saved(step, elapsed_s)
+
+    def settle(self, wait: bool) -> Saved | Failed | None:
+        """Commits what is written, on all ranks or not at all.
+
+        Args:
+            wait: until the save in flight is written; else None while it is.
 
         Returns:
-            None, or why there is no checkpoint: a failed save costs that save, not the run.
+            What became of the save in flight, once; None while it is being written, or if there is none.
+
+        Raises:
+            FencedError: another job owns the folder now.
         """
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _save(self, step: int, fragments: Iterable[Fragment], run: dict[str, Any]) -> str | None:
         fragments = list(fragments)
         bytes_here = sum(4 * t.numel() for f in fragments if f.saved_here for t in f.tensors.values())
         total = sum(self.world.gather_objects(bytes_here))
@@ -76,6 +130,8 @@ class CheckpointStore:
         answers = self.world.gather_objects((written, problem))
         if self.is_main:
             problem = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why), None)
+        self._check_owner()
+        if self.is_main:
             if problem is None:
                 problem = self._commit(temporary, step, [part for part, _ in answers if part], run)
             if problem is not None:
@@ -86,7 +142,7 @@ class CheckpointStore:
         """Whether the run has saved before."""
         return bool(self._contents()[0])
 
-    def newest_valid(self, quarantine: bool = True, step: int | None = None) -> Path | None:
+    def newest_valid(self, quarantine: bool = True, step: int | None = None, before: int | None = None) -> Path | None:
         """The newest checkpoint whose every byte is what was written, or None in a run that has none.
 
         A bad one is moved to `quarantine/` with the reason, and the next is tried.
@@ -95,12 +151,16 @@ class CheckpointStore:
             quarantine: False for a reader beside a live run, who moves nothing: what it finds incomplete may just be
                 going.
             step: only the checkpoint of this step will do.
+            before: only those of earlier steps will do.
 
         Raises:
             CheckpointError: there are checkpoints, and none is valid, or none is of that step. Never a silent fresh
                 start.
+            FencedError: another job owns the folder now.
         """
         steps, others = self.world.from_first(self._contents() if self.is_main else None)
+        if before is not None:
+            steps = [there for there in steps if there < before]
         if step is not None and step not in steps:
             there = f"those there are of {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"No checkpoint of step {step} in {self.folder}: {there}.")
@@ -111,6 +171,8 @@ class CheckpointStore:
             if problem is None:
                 return self.folder / name
             problems.append(f"{name}: {problem}")
+            if quarantine:
+                self._check_owner()
             if self.is_main and quarantine:
                 try:
                     self._quarantine(name, f"is not whole ({problem})")
@@ -139,7 +201,12 @@ class CheckpointStore:
         read_fragments(checkpoint, fragments)
 
     def sweep(self) -> None:
-        """Removes what an interrupted save left behind, and names what is no checkpoint of this run."""
+        """Removes what an interrupted save left behind, and names what is no checkpoint of this run.
+
+        Raises:
+            FencedError: another job owns the folder now.
+        """
+        self._check_owner()
         if not (self.is_main and self.folder.is_dir()):
             return
         for leftover in self.folder.iterdir():
@@ -147,6 +214,10 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
         if others := self._contents()[1]:
             say(f"Left alone in {self.folder}, as no checkpoints of this run: {', '.join(others)}.")
+
+    def _check_owner(self) -> None:
+        if sentence := self.world.from_first(self.still_owner() if self.is_main else None):
+            raise FencedError(sentence)
 
     def _begin(self, step: int, total: int) -> tuple[Path, str | None]:
         temporary = self.folder / f".tmp-{_name(step)}-{uuid.uuid4().hex[:8]}"
@@ -183,8 +254,8 @@ class CheckpointStore:
             return _in_words(error)
         with contextlib.suppress(OSError):  # it is there already; the hint may be old
             _write_durably(self.folder / "LATEST", final.name)
-        older = [saved for saved in self._contents()[0] if saved < step]
-        for saved in older[: len(older) + 1 - self.keep]:
+        steps = [saved for saved in self._contents()[0] if saved <= step]
+        for saved in self.keep.superfluous(steps, best=None, pinned=[]):
             shutil.rmtree(self.folder / _name(saved), ignore_errors=True)
         return None
 

@@ -19,6 +19,7 @@ from distributed.tiny import (
     Point,
     assert_same_curve,
     build,
+    commit,
     engine_curve,
     mesh_of,
     plain_curve,
@@ -69,7 +70,7 @@ def saved(one_rank, tmp_path_factory):
 def save(mesh, folder):
     engine = tiny_engine(mesh, config := case("albef", engine__zero_stage=0))
     engine_curve(mesh, config, 4, engine)
-    assert CheckpointStore(folder, mesh.world, keep=2).save(4, engine.fragments(), {"applied_steps": 4}) is None
+    commit(CheckpointStore(folder, mesh.world), 4, engine)
 
 
 def examine(mesh, architecture, changes, saved, again) -> list[Point]:
@@ -78,11 +79,11 @@ def examine(mesh, architecture, changes, saved, again) -> list[Point]:
     engine = tiny_engine(mesh, config)
     curve = engine_curve(mesh, config, STEPS, engine)
     if architecture == "albef":
-        store = CheckpointStore(saved, mesh.world, keep=2)
+        store = CheckpointStore(saved, mesh.world)
         checkpoint = store.newest_valid()
         store.load(checkpoint, engine.fragments())
         engine.loaded(read_run(checkpoint)["applied_steps"])
-        CheckpointStore(again, mesh.world, keep=2).save(4, engine.fragments(), {"applied_steps": 4})
+        commit(CheckpointStore(again, mesh.world), 4, engine)
         curve += engine_curve(mesh, config, 2, engine, first=4)
     return curve
 
@@ -124,7 +125,7 @@ def test_its_steps_are_those_of_one_process(request, references, saved, tmp_path
         assert_same_curve(curve[:STEPS], references[architecture])
         assert_same_curve(curve[STEPS:], references[architecture][4 : len(curve) - STEPS + 4])
     if architecture == "albef":
-        stored, loaded = (state(CheckpointStore(folder, ALONE, keep=2).newest_valid()) for folder in (saved, tmp_path))
+        stored, loaded = (state(CheckpointStore(folder, ALONE).newest_valid()) for folder in (saved, tmp_path))
         assert [name for name, tensor in stored.items() if not torch.equal(tensor, loaded[name])] == []
 
 

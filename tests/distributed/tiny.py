@@ -10,6 +10,7 @@ import torch
 
 from distributed.layouts import LAYOUTS
 from pretrain import model_config as settings
+from pretrain.checkpoint.store import CheckpointStore, Saved
 from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.model_config import SIZES
 from pretrain.models.architectures import architecture_of
@@ -142,6 +143,12 @@ def build(config: Config, vocabulary: Vocabulary = VOCABULARY) -> Model:
     """All layers in one process, on the CPU."""
     architecture, cpu = architecture_of(config, vocabulary), torch.device("cpu")
     return Model(architecture, {layer.name: build_layer(layer, config.seed, cpu) for layer in architecture.layers})
+
+
+def commit(store: CheckpointStore, step: int, engine: Engine) -> None:
+    """Saves an engine's state, and waits for it."""
+    store.save(step, engine.fragments(), {"applied_steps": engine.applied_steps})
+    assert isinstance(store.settle(wait=True), Saved)
 
 
 def plain_curve(config: Config, steps: int) -> list[Point]:

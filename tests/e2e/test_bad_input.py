@@ -153,7 +153,7 @@ def test_no_space_left(config):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
     assert_one_sentence(full, 4, "Step 9 could not be saved", "File too large", "same command")
-    store = CheckpointStore(config.output / "checkpoints", ALONE, keep=2)
+    store = CheckpointStore(config.output / "checkpoints", ALONE)
     newest = store.newest_valid()
     assert newest is not None
     assert newest.name == "step-000000006"

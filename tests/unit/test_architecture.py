@@ -27,9 +27,14 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
     "pretrain.evaluate": ENTRY,
     "pretrain.doctor": ENTRY,
     "pretrain.trainer": (  # parallel.engine is the protocol: the trainer does not know which engine it drives
-        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.validation", "pretrain.banner", "pretrain.run_folder"),
+        *("pretrain.checkpoint", "pretrain.saving", "pretrain.metrics", "pretrain.validation", "pretrain.banner"),
+        "pretrain.run_folder",
         *("pretrain.optim", "pretrain.models.layer", "pretrain.parallel.engine", "pretrain.parallel.mesh"),
         *("pretrain.stopping", "pretrain.screen", "pretrain.config", "pretrain.errors", "data_pipelines"),
+    ),
+    "pretrain.saving": (
+        *("pretrain.checkpoint", "pretrain.metrics", "pretrain.parallel.engine", "pretrain.screen"),
+        *("pretrain.config", "pretrain.errors"),
     ),
     "pretrain.batch_spec": ("pretrain.models", "pretrain.config", "data_pipelines"),
     "pretrain.validation": (

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint.fragments import read_fragments
-from pretrain.checkpoint.store import CheckpointStore, read_run
-from pretrain.errors import CheckpointError, StorageError
+from pretrain.checkpoint.retention import Keep
+from pretrain.checkpoint.store import CheckpointStore, Failed, read_run
+from pretrain.errors import CheckpointError, FencedError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
 from pretrain.parallel.tensor import whole
@@ -25,7 +26,15 @@ def state(seed=0, shape=(40, 30)):
 
 @pytest.fixture
 def store(tmp_path):
-    return CheckpointStore(tmp_path / "checkpoints", ALONE, keep=2)
+    return CheckpointStore(tmp_path / "checkpoints", ALONE, Keep(2))
+
+
+def save(store, step, fragments, run):
+    """Why there is no checkpoint, or None."""
+    store.save(step, fragments, run)
+    outcome = store.settle(wait=True)
+    assert outcome.step == step
+    return outcome.problem if isinstance(outcome, Failed) else None
 
 
 def values(store, checkpoint):
@@ -35,7 +44,7 @@ def values(store, checkpoint):
 
 
 def test_what_was_saved_is_loaded(store):
-    assert store.save(5, state(), {"note": "x"}) is None
+    assert save(store, 5, state(), {"note": "x"}) is None
     checkpoint = store.newest_valid()
     assert checkpoint.name == "step-000000005"
     assert read_run(checkpoint) == {"note": "x", "step": 5}
@@ -43,21 +52,21 @@ def test_what_was_saved_is_loaded(store):
 
 
 def test_the_file_is_safetensors_as_the_library_reads_it(store):
-    store.save(5, state(), {})
+    save(store, 5, state(), {})
     tensors = load_file(store.newest_valid() / "rank-00000.safetensors")
     assert torch.equal(tensors["exp_avg/layer.weight/0,0"].flatten(), state()[0].tensors["exp_avg"])
 
 
 def test_only_the_newest_stay(store):
     for step in (1, 2, 3, 4):
-        store.save(step, state(step), {})
+        save(store, step, state(step), {})
     assert sorted(path.name for path in store.folder.glob("step-*")) == ["step-000000003", "step-000000004"]
 
 
 def test_any_flipped_byte_is_found_and_the_one_before_is_taken(store):
     """One byte in each 256 of every file, COMMIT and MANIFEST included."""
-    store.save(1, state(1), {})
-    store.save(2, state(2), {})
+    save(store, 1, state(1), {})
+    save(store, 2, state(2), {})
     sound = store.folder / "sound"
     shutil.copytree(store.folder / "step-000000002", sound)
     for file in sorted(path.name for path in sound.iterdir()):
@@ -74,8 +83,8 @@ def test_any_flipped_byte_is_found_and_the_one_before_is_taken(store):
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "index.json", "run.json", "MANIFEST.json", "COMMIT"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
 def test_a_missing_or_cut_file_is_found(store, file, damage, capsys):
-    store.save(1, state(1), {})
-    store.save(2, state(2), {})
+    save(store, 1, state(1), {})
+    save(store, 2, state(2), {})
     path = store.folder / "step-000000002" / file
     match damage:
         case "missing":
@@ -90,7 +99,7 @@ def test_a_missing_or_cut_file_is_found(store, file, damage, capsys):
 
 def test_no_valid_checkpoint_is_an_error_and_never_a_fresh_start(store):
     assert store.newest_valid() is None
-    store.save(1, state(), {})
+    save(store, 1, state(), {})
     (store.folder / "step-000000001" / "COMMIT").unlink()
     for _ in range(2):  # also the second time, when all that is left is the quarantine
         with pytest.raises(
@@ -101,29 +110,29 @@ def test_no_valid_checkpoint_is_an_error_and_never_a_fresh_start(store):
 
 
 def test_a_save_that_cannot_be_written_costs_that_save_alone(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        problem = store.save(2, state(2), {})
+        problem = save(store, 2, state(2), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in problem
     assert [path.name for path in store.folder.iterdir() if path.is_dir()] == ["step-000000001"]
     assert torch.equal(values(store, store.newest_valid()), state(1)[0].tensors["master"])
-    assert store.save(3, state(3), {}) is None
+    assert save(store, 3, state(3), {}) is None
 
 
 def test_too_little_space_is_seen_before_a_byte_is_written(store, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    problem = store.save(1, state(), {})
+    problem = save(store, 1, state(), {})
     assert "GiB free, and a checkpoint takes" in problem
     assert "make space, or lower checkpoint.keep" in problem
     assert list(store.folder.iterdir()) == []
 
 
 def test_what_an_interrupted_save_left_is_swept_and_never_loaded(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     shutil.copytree(store.folder / "step-000000001", store.folder / ".tmp-step-000000002-abc")
     assert store.newest_valid().name == "step-000000001"
     store.sweep()
@@ -131,7 +140,7 @@ def test_what_an_interrupted_save_left_is_swept_and_never_loaded(store):
 
 
 def test_a_checkpoint_of_another_model_names_the_parameter_and_both_shapes(store):
-    store.save(1, state(), {})
+    save(store, 1, state(), {})
     checkpoint = store.newest_valid()
     with pytest.raises(CheckpointError, match=r"layer.weight has shape \(40, 30\) in it, and shape \(40, 31\) here"):
         read_fragments(checkpoint, state(shape=(40, 31)))
@@ -141,7 +150,7 @@ def test_a_checkpoint_of_another_model_names_the_parameter_and_both_shapes(store
 
 
 def test_nothing_in_a_checkpoint_is_pickled(store):
-    store.save(1, state(), {})
+    save(store, 1, state(), {})
     kinds = {path.suffix for path in store.newest_valid().iterdir()}
     assert kinds == {".safetensors", ".json", ""}
     json.loads((store.newest_valid() / "index.json").read_text())
@@ -153,7 +162,7 @@ def test_nothing_in_a_checkpoint_is_pickled(store):
 )
 def test_a_copy_of_a_checkpoint_is_neither_read_nor_deleted_and_is_named(store, name, capsys):
     for step in (1, 2, 4):
-        store.save(step, state(step), {})
+        save(store, step, state(step), {})
         if step == 2:
             shutil.copytree(store.folder / "step-000000002", store.folder / name)
     (store.folder / "notes.txt").write_text("mine")
@@ -161,16 +170,16 @@ def test_a_copy_of_a_checkpoint_is_neither_read_nor_deleted_and_is_named(store, 
     assert f"Left alone in {store.folder}, as no checkpoints of this run: notes.txt, {name}." in capsys.readouterr().out
     assert store.newest_valid().name == "step-000000004"
     for step in (6, 8):
-        store.save(step, state(step), {})
+        save(store, step, state(step), {})
     there = {path.name for path in store.folder.iterdir()} - {"LATEST"}
     assert there == {"step-000000006", "step-000000008", name, "notes.txt"}
     assert torch.equal(values(store, store.folder / name), state(2)[0].tensors["master"])
 
 
 def test_a_copy_under_the_name_of_a_step_to_come_makes_room_for_it_and_is_kept(store, capsys):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     shutil.copytree(store.folder / "step-000000001", store.folder / "step-000000002")
-    assert store.save(2, state(2), {}) is None
+    assert save(store, 2, state(2), {}) is None
     assert store.newest_valid().name == "step-000000002"
     assert torch.equal(values(store, store.newest_valid()), state(2)[0].tensors["master"])
     assert "step-000000002 is of another step than 2" in capsys.readouterr().out
@@ -179,7 +188,7 @@ def test_a_copy_under_the_name_of_a_step_to_come_makes_room_for_it_and_is_kept(s
 
 
 def test_copies_alone_are_an_error_that_says_how_to_go_on_from_them(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     (store.folder / "step-000000001").rename(store.folder / "step-best")
     with pytest.raises(CheckpointError, match=r"holds step-best, but nothing under the name .*rename one to step-N"):
         store.newest_valid()
@@ -187,20 +196,20 @@ def test_copies_alone_are_an_error_that_says_how_to_go_on_from_them(store):
 
 def test_steps_are_ordered_as_numbers(store):
     for step in (999_999_999, 1_000_000_000):
-        store.save(step, state(), {})
+        save(store, step, state(), {})
     assert store.newest_valid().name == "step-1000000000"
 
 
 def test_the_checkpoint_of_one_step_is_found_or_those_there_are_named(store):
-    store.save(1, state(1), {})
-    store.save(2, state(2), {})
+    save(store, 1, state(1), {})
+    save(store, 2, state(2), {})
     assert store.newest_valid(step=1).name == "step-000000001"
     with pytest.raises(CheckpointError, match=r"No checkpoint of step 3 in .*: those there are of 1, 2\."):
         store.newest_valid(step=3)
 
 
 def test_a_reader_beside_a_live_run_moves_nothing_and_says_what_is_wrong(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     (store.folder / "step-000000001" / "COMMIT").unlink()
     with pytest.raises(CheckpointError, match=r"is valid: step-000000001: No such file .*COMMIT"):
         store.newest_valid(quarantine=False)
@@ -208,7 +217,7 @@ def test_a_reader_beside_a_live_run_moves_nothing_and_says_what_is_wrong(store):
 
 
 def test_what_is_swept_is_what_a_save_left_and_nothing_that_resembles_it(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     mine = store.folder / ".tmp-notes"
     mine.mkdir()
     store.sweep()
@@ -216,10 +225,38 @@ def test_what_is_swept_is_what_a_save_left_and_nothing_that_resembles_it(store):
 
 
 def test_a_checkpoint_that_is_damaged_and_cannot_be_moved_away_is_one_sentence(store):
-    store.save(1, state(1), {})
+    save(store, 1, state(1), {})
     (store.folder / "step-000000001" / "COMMIT").write_text("x")
     (store.folder / "quarantine").touch()
     with pytest.raises(
         StorageError, match=r"step-000000001 is not whole \(COMMIT is not .*\), and cannot be moved away"
     ):
         store.newest_valid()
+
+
+def test_a_job_that_no_longer_owns_the_folder_changes_nothing_in_it(store):
+    save(store, 1, state(1), {})
+    (store.folder / "step-000000001" / "COMMIT").write_text("x")
+    (store.folder / ".tmp-step-000000009-abc").mkdir()
+    before = sorted(store.folder.rglob("*"))
+    stale = CheckpointStore(store.folder, ALONE, still_owner=lambda: "Job 7 owns it now.")
+    for change in (lambda: save(stale, 2, state(2), {}), stale.newest_valid, stale.sweep):
+        with pytest.raises(FencedError, match="Job 7 owns it now") as e:
+            change()
+        assert e.value.exit_code == 8
+    after = [path for path in sorted(store.folder.rglob("*")) if ".tmp-step-000000002" not in str(path)]
+    assert after == before
+
+
+def test_the_newest_before_a_step_is_found(store):
+    for step in (1, 2):
+        save(store, step, state(step), {})
+    assert store.newest_valid(before=2).name == "step-000000001"
+    assert store.newest_valid(before=1) is None
+
+
+def test_every_nth_stays(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", ALONE, Keep(2, every=3))
+    for step in range(1, 9):
+        save(store, step, state(step), {})
+    assert sorted(path.name[-1] for path in store.folder.glob("step-*")) == ["3", "6", "7", "8"]

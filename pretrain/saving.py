@@ -1,0 +1,78 @@
+"""When a run saves, what it says of it, and when it gives up."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
+from pretrain.config import CheckpointConfig
+from pretrain.errors import StorageError
+from pretrain.metrics import Metrics
+from pretrain.parallel.engine import Fragment
+from pretrain.screen import say
+
+MAX_FAILED_SAVES = 3  # in a row; then the run stops rather than work for nothing
+
+
+class Saving:
+    """One save at a time, written while training goes on. All ranks call each method together, but for `is_time`."""
+
+    def __init__(self, config: CheckpointConfig, store: CheckpointStore) -> None:
+        self.config = config
+        self.store = store
+        self.metrics: Metrics | None = None  # on the main process, while it trains
+        self.saved_step: int | None = None  # of the newest checkpoint
+        self.failures = 0  # in a row
+        self._begun = time.monotonic()
+        self._stall_s = 0.0  # of the save in flight
+
+    def is_time(self) -> bool:
+        """Whether `every_minutes` have passed on the main process, whose clock is the run's."""
+        minutes = self.config.every_minutes
+        return self.store.is_main and minutes is not None and time.monotonic() - self._begun >= 60 * minutes
+
+    def save(self, step: int, fragments: Iterable[Fragment], run: dict[str, Any], must: bool) -> None:
+        """Begins to save, once the save before is done; waits for it if it `must` succeed.
+
+        Raises:
+            StorageError: this save must succeed and did not, or several in a row did not.
+        """
+        self.settle(wait=True)
+        if self.saved_step == step:
+            return
+        self._begun = time.monotonic()
+        if self.metrics:
+            self.metrics.flush()
+        begin = time.perf_counter()
+        self.store.save(step, fragments, run)
+        self._stall_s = time.perf_counter() - begin
+        if must or not self.config.asynchronous:
+            self.settle(wait=True, must=must)
+
+    def settle(self, wait: bool = False, must: bool = False) -> None:
+        """Says what became of the save in flight, if that is known by now.
+
+        Raises:
+            StorageError: it `must` succeed and did not, or several in a row did not.
+        """
+        begin = time.perf_counter()
+        outcome = self.store.settle(wait)
+        self._stall_s += time.perf_counter() - begin
+        match outcome:
+            case Saved(step, write_s):
+                self.failures, self.saved_step = 0, step
+                self._say(f"Saved step {step} in {self.store.folder}.")
+                if self.metrics:
+                    self.metrics.checkpoint({"stall_s": self._stall_s, "write_s": write_s})
+            case Failed(step, problem):
+                self.failures += 1
+                self._say(f"Could not save step {step}: {problem}. Earlier checkpoints are untouched.")
+                if must or self.failures >= MAX_FAILED_SAVES:
+                    raise StorageError(
+                        f"Step {step} could not be saved in {self.store.folder} ({problem}): make space or mend the "
+                        f"disk, and start again with the same command to go on from the newest checkpoint."
+                    )
+
+    def _say(self, text: str) -> None:
+        if self.store.is_main:
+            say(text)
