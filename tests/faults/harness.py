@@ -140,7 +140,7 @@ class Run:
     def newest(self) -> int | None:
         """The step of the newest checkpoint that is whole, as a reader beside the run finds it."""
         try:
-            found = CheckpointStore(self.checkpoints, ALONE, 2).newest_valid(quarantine=False)
+            found = CheckpointStore(self.checkpoints, ALONE).newest_valid(quarantine=False)
         except CheckpointError:
             return None
         return int(found.name.removeprefix("step-")) if found else None
@@ -150,18 +150,24 @@ class Run:
         return [path.name for path in self.checkpoints.glob(".tmp-*")]
 
 
-def assert_intact(run: Run, expected: Sequence[dict[str, Any]]) -> None:
-    """What holds after any fault: nobody is left, the steps so far are the undisturbed run's, no checkpoint is half."""
+def assert_intact(run: Run, expected: Sequence[dict[str, Any]], removing: bool = False) -> None:
+    """What holds after any fault: nobody is left, the steps so far are the undisturbed run's, no checkpoint is half.
+
+    Args:
+        run: the run.
+        expected: the steps of the undisturbed one.
+        removing: the fault struck while an old checkpoint was removed, so that the oldest may be half.
+    """
     deadline = time.monotonic() + 20
-    while (left := [life.processes() for life in run.lives]) != [[] for _ in run.lives]:
+    while left := [process for life in run.lives for process in life.processes()]:
         assert time.monotonic() < deadline, f"processes left: {left}"
         time.sleep(0.05)
     steps = run.steps()
     assert steps == list(expected[: len(steps)])
     assert len(run.leftovers()) <= 1
-    for checkpoint in run.checkpoints.glob("step-*"):
+    for checkpoint in sorted(run.checkpoints.glob("step-*"))[removing:]:
         step = int(checkpoint.name.removeprefix("step-"))
-        store = CheckpointStore(run.checkpoints, ALONE, 2)
+        store = CheckpointStore(run.checkpoints, ALONE)
         assert store.newest_valid(quarantine=False, step=step) == checkpoint
 
 
