@@ -3,35 +3,19 @@
 import argparse
 import os
 import sys
-from importlib import import_module
 from io import TextIOWrapper
 
-from data_pipelines.commands import COMMANDS
+from data_pipelines.command_line import parser_of
 from data_pipelines.errors import UserError, cannot_write
-from data_pipelines.help_text import HelpFormatter, examples
 
 
 def parser() -> argparse.ArgumentParser:
     """Parses into a namespace whose `run` does what the command is for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines",
-        description="Prepare image-text data for pretraining. Shards are plain WebDataset tars: key.jpg, key.txt "
-        "and, if you like, key.json. A manifest lists them once and for all; training reads the manifest.",
+    return parser_of(
+        "data_pipelines",
+        "Prepare image-text data for pretraining. Shards are plain WebDataset tars: key.jpg, key.txt and, if you like, "
+        "key.json. A manifest lists them once and for all; training reads the manifest.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        command = import_module(f"data_pipelines.commands.{name}")
-        assert command.__doc__, f"{command.__name__} has no docstring, which its --help begins with"
-        added = commands.add_parser(
-            name,
-            formatter_class=HelpFormatter,
-            help=command.HELP,
-            description=command.__doc__,
-            epilog=examples(*(f"python -m data_pipelines {name} {words}" for words in command.EXAMPLES)),
-        )
-        command.add_arguments(added)
-        added.set_defaults(run=command.run)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,19 +12,20 @@ Three things differ, each because of what plain torchrun does (tried with torch 
   and the rank's message stays in sight above it.
 """
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.run import (
     config_from_args,
     determine_local_world_size,
@@ -34,18 +35,12 @@ from torch.distributed.run import (
 )
 
 from data_pipelines.errors import UserError
+from launch.agent import EXIT_CODE_FILE, Agent, kill_session
+from launch.endings import describe, explain, read_exit_code, root_cause
 from launch.environment import count_cores, count_gpus, missing, variables
-
-EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"
-
-MEANINGS = {
-    3: "no valid checkpoint, or one of another run",
-    4: "the config, the data or the disk needs mending, see the message above",
-    5: "too many bad steps",
-    7: "the layout does not take the steps of one process",
-    8: "another job owns the run's folder now",
-    85: "saved what there was; the same command goes on from there",
-}
+from pretrain.heartbeat import FOLDER as HEARTBEATS
+from pretrain.stopping import REPEAT_S
+from pretrain.time_limit import STARTED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
     for name in ("multiprocessing.api", "agent.server.api"):  # what they say of a failure, describe() says
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
 
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:  # on this node: heartbeats go there all the time
         exit_code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, f"{folder}/exit-code"))
+        os.environ |= {HEARTBEATS: folder, STARTED: str(time.time())}
+        torch_launcher.LocalElasticAgent = Agent  # pyright: ignore (torch has no other way to name one)
         stop_once()
         try:
             run(arguments)
@@ -79,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
             code, reason = root_cause(exit_codes), describe(exit_codes)
         except SignalException as error:
             code, reason = 128 + error.sigval, "stopped as asked"
+        except RendezvousClosedError:
+            code, reason = 1, "the run has ended on another machine, which says why"
         except RendezvousError:
             code, place = 1, arguments.rdzv_endpoint or "the first of them"
             reason = (
@@ -115,13 +114,18 @@ def environment_for(nproc_per_node: str, nnodes: str) -> dict[str, str]:
 
 
 def stop_once() -> None:
-    """Make the first signal stop the run in good order, and a second Ctrl-C at once."""
+    """Make the first signal stop the run in good order, and a Ctrl-C that comes REPEAT_S after it at once."""
     known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
     signals = [each for each in known if signal.getsignal(each) != signal.SIG_IGN]
+    told: list[float] = []
 
     def stop(number: int, frame: object) -> None:
-        for each in signals:
-            signal.signal(each, kill_ranks if each == signal.SIGINT else signal.SIG_IGN)
+        if told:
+            if number == signal.SIGINT and time.monotonic() - told[0] >= REPEAT_S:
+                for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                    kill_session(int(pid))
+            return
+        told.append(time.monotonic())
         print(
             f"launch: {signal.Signals(number).name}: the ranks save and stop (Ctrl-C again kills them)",
             file=sys.stderr,
@@ -131,51 +135,6 @@ def stop_once() -> None:
 
     for each in signals:
         signal.signal(each, stop)
-
-
-def kill_ranks(number: int, frame: object) -> None:
-    """Kill the ranks; each leads a session of its own, so its data workers go with it."""
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid), signal.SIGKILL)
-
-
-def read_exit_code(path: Path) -> int | None:
-    """Read the code that a rank left, if it is one of ours."""
-    text = path.read_text().strip() if path.is_file() else ""
-    return int(text) if text.isdecimal() and int(text) in MEANINGS else None
-
-
-def root_cause(exit_codes: Mapping[int, int]) -> int:
-    """Pick the exit code, negative for a signal, that explains the others, as a shell would give it.
-
-    When one rank dies the others lose their connection and end with 1, or are stopped with SIGTERM.
-    """
-    uninteresting = (1, -signal.SIGTERM)
-    first = sorted(exit_codes.values(), key=lambda code: code in uninteresting)[0]
-    return 128 - first if first < 0 else first
-
-
-def describe(exit_codes: Mapping[int, int]) -> str:
-    """Say in one line which ranks ended how, leaving out those that were stopped because another failed."""
-    causes = {rank: code for rank, code in exit_codes.items() if code != -signal.SIGTERM} or exit_codes
-    ranks: dict[int, list[str]] = {}
-    for rank, code in sorted(causes.items()):
-        ranks.setdefault(code, []).append(str(rank))
-    ends = []
-    for code, which in ranks.items():
-        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        ends.append(f"{'ranks' if len(which) > 1 else 'rank'} {', '.join(which)} {end}")
-    return "; ".join(ends)
-
-
-def explain(code: int) -> str:
-    """Say what the user can do about it."""
-    if code == 128 + signal.SIGKILL:
-        return " (out of memory is the usual reason)"
-    if code == 128 + signal.SIGTERM:
-        return " (stopped before it could save; the newest checkpoint, if there is one, stays)"
-    return f" ({MEANINGS[code]})" if code in MEANINGS else ""
 
 
 if __name__ == "__main__":

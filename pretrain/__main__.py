@@ -1,4 +1,4 @@
-"""`python -m pretrain train|evaluate|doctor`: the command line.
+"""`python -m pretrain COMMAND`: the command line.
 
 Exit codes: 0 done, 3 no valid checkpoint, or one of another run, 4 configuration, data or disk, 5 too many bad steps, 7
 a layout that does not equal one process, 85 stopped as asked, and saved what there was to save.
@@ -13,94 +13,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from data_pipelines.command_line import parse, parser_of
 from data_pipelines.errors import UserError
-from data_pipelines.help_text import HelpFormatter, examples
 from pretrain.errors import StoppedError
 from pretrain.screen import forget_unsaid
-from pretrain.stopping import Interrupted, Stop
+from pretrain.stopping import Interrupted
 
 _EXIT_CODE_FILE = "PRETRAIN_EXIT_CODE_FILE"  # set by the launcher, to which torchrun would say 1 whatever happened
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parses into a namespace whose `command` is train, evaluate or doctor."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain", description="Trains and evaluates vision-language models."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    train = commands.add_parser(
-        "train",
-        help="train a config; start it with torchrun or `python -m launch local`",
-        description="Trains a config on the processes that torchrun started, or on this one. The same command goes on "
-        "with a run that was stopped.",
-        formatter_class=HelpFormatter,
-        epilog=examples(
-            "python -m launch local configs/small.yaml training.steps=1000",
-            "torchrun --nproc-per-node 8 -m pretrain train configs/base.yaml",
-            "python -m pretrain train configs/demo.yaml engine.zero_stage=0",
-        ),
-    )
-    train.add_argument("config", type=Path, help="a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="retrieval, zero-shot, matching, masked-LM and captioning accuracy of a run",
-        formatter_class=HelpFormatter,
-        epilog=examples(
-            "python -m pretrain evaluate runs/base",
-            "python -m pretrain evaluate runs/base --split data/flickr/manifest.json --rerank 32",
-        ),
-    )
-    evaluate.add_argument("run", type=Path, help="the run's output folder")
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as data.tokenizer=PATH in a moved run"
-    )
-    evaluate.add_argument("--split", default="heldout", help="heldout (data.heldout), or another manifest")
-    evaluate.add_argument("--step", type=int, help="of the checkpoint; without it the newest valid one")
-    evaluate.add_argument("--rerank", type=int, default=16, help="candidates that matching ranks again, 0 for none")
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="compare a config's layout with one process, and measure ranks and links; start it with torchrun",
-        description="Trains a small copy of the config on made-up samples, as the config lays it out and in one "
-        "process, compares losses and gradient norms, and measures links and processors. Exits with 7 on a difference.",
-        formatter_class=HelpFormatter,
-        epilog=examples(
-            "python -m launch local configs/base.yaml --doctor",
-            "torchrun --nproc-per-node 8 -m pretrain doctor configs/base.yaml engine.tensor_parallel=2",
-        ),
-    )
-    doctor.add_argument("config", type=Path, help="a YAML file; its data need not exist")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.tensor_parallel=2")
-    return parser
+    """Parses into a namespace whose `run` does what the command is for."""
+    return parser_of("pretrain", "Trains and evaluates vision-language models.")
 
 
 def main() -> None:
-    words = parser()
-    arguments, rest = words.parse_known_args()
-    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
-        words.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest  # argparse takes those behind an option for something else
+    options = parse(parser(), sys.argv[1:])
     try:
-        # Imported late: the other command's half of the toolkit, and torch for a wrong argument, are not needed.
-        if arguments.command == "train":
-            stop = Stop()
-            with stop.interrupting():
-                from pretrain import train as train_module
-
-            train_module.main(arguments.config, arguments.overrides, stop)
-        elif arguments.command == "doctor":
-            from pretrain import doctor as doctor_module
-
-            doctor_module.main(arguments.config, arguments.overrides)
-        else:
-            from pretrain import evaluate as evaluate_module
-
-            evaluate_module.main(
-                arguments.run, arguments.split, arguments.rerank, step=arguments.step, overrides=arguments.overrides
-            )
+        options.run(options)
     except UserError as error:
         _leave(error)
     except Interrupted:

@@ -164,6 +164,13 @@ class TrainingConfig(Section):
     """Steps between two evaluations on held-out data."""
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+    hang_timeout_s: float = Field(default=60, gt=0)
+    """How long a step, a save or a batch of an evaluation may take before the ranks count as hung, if five times the
+    slowest of the last hundred is less. Where data may be tried again, `data.patience_s` is added; the first three
+    have 15 times as long; nothing has longer than 18 minutes."""
+    time_limit_minutes: float | None = Field(default=None, gt=0)
+    """Minutes from the start, before which the run saves and leaves with exit code 85. Slurm's own limit is known
+    without."""
 
 
 class CheckpointConfig(Section):

@@ -1,8 +1,19 @@
-"""SIGTERM, which launchers and Slurm send, and Ctrl-C: heard at any time, heeded where nothing is lost by it."""
+"""Signals that tell a run to stop: heard at any time, heeded where nothing is lost by it.
 
+SIGTERM and SIGUSR1, which launchers and Slurm send, and Ctrl-C (SIGINT). Slurm sends its signals two or three times,
+and so does a launcher that passes them on; a repeated one therefore changes nothing, except a SIGINT that comes
+REPEAT_S or more after the first request: that is a person, and the process ends at once.
+"""
+
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+REPEAT_S = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(BaseException):
@@ -18,7 +29,10 @@ class Stop:
     def __init__(self) -> None:
         self.requested = False
         self._interrupts = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._first_s: float | None = None
+        self._pressed = False  # Ctrl-C
+        self._parent = os.getppid()
+        for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._hear)
 
@@ -34,6 +48,16 @@ class Stop:
             self._interrupts = False
 
     def _hear(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._first_s is not None and now - self._first_s >= REPEAT_S:
+            # A launcher that a second Ctrl-C has ended passes that on by its death, as SIGTERM (parallel/mesh.py).
+            launcher_left = self._pressed and os.getppid() != self._parent
+            if number == signal.SIGINT or launcher_left:
+                print("Told again to stop: leaving at once; the newest checkpoint stays.", file=sys.stderr, flush=True)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+        self._first_s = self._first_s or now
+        self._pressed |= number == signal.SIGINT
         self.requested = True
         if self._interrupts:
             self._interrupts = False  # once: a second signal must not disturb the way out

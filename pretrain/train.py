@@ -1,5 +1,6 @@
 """Training from beginning to end. Reads as the table of contents of the toolkit."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -11,10 +12,13 @@ from pretrain.batch_spec import batch_spec, vocabulary_of
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError
+from pretrain.heartbeat import Heart
+from pretrain.orders import Orders
 from pretrain.parallel.build import build_engine
-from pretrain.parallel.mesh import Mesh, start_mesh, stop_mesh
+from pretrain.parallel.mesh import TIMEOUT, Mesh, start_mesh, stop_mesh
 from pretrain.run_folder import claim
 from pretrain.stopping import Stop
+from pretrain.time_limit import time_limit
 from pretrain.trainer import Trainer
 
 
@@ -26,6 +30,9 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
         UserError: whatever else ends a run.
     """
     config = load_config(config_path, overrides)
+    most_s = 0.9 * TIMEOUT.total_seconds()
+    heart = Heart(config.output, config.training.hang_timeout_s, most_s, config.data.patience_s)
+    heart.beat("start", 0)
     with stop.interrupting():
         mesh = start_mesh(config.engine)
         lock = claim_folder(config, mesh)
@@ -39,7 +46,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
-        trainer = Trainer(config, mesh, engine, data, heldout, stop)
+        trainer = Trainer(config, mesh, engine, data, heldout, open_orders(config, mesh, stop), heart)
         trainer.resume()
 
     trainer.fit()
@@ -60,6 +67,13 @@ def claim_folder(config: Config, mesh: Mesh) -> TextIO | None:
     if problem := mesh.world.from_first(problem):
         raise problem
     return lock
+
+
+def open_orders(config: Config, mesh: Mesh, stop: Stop) -> Orders:
+    """What the run may be told from outside; files and the clock are the main process's."""
+    if not mesh.is_main:
+        return Orders(stop)
+    return Orders(stop, config.output, time_limit(config.training.time_limit_minutes, os.environ))
 
 
 def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | None]:

@@ -2,13 +2,14 @@
 
 import math
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from data_pipelines.batch import Batch
 from data_pipelines.order.mixture import DataState
@@ -16,20 +17,25 @@ from data_pipelines.stream.budget import BadSampleBudget
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from data_pipelines.text import counted
+from pretrain.alarms import Negatives
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.retention import Keep
 from pretrain.checkpoint.store import CheckpointStore, read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError, TrainingError
+from pretrain.errors import CheckpointError, StoppedError
+from pretrain.health import SkippedSteps
+from pretrain.heartbeat import Heart
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import Engine, StepResult
+from pretrain.orders import Orders
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh
 from pretrain.run_folder import keep_config, keep_tokenizer
 from pretrain.saving import Saving
 from pretrain.screen import say
-from pretrain.stopping import Interrupted, Stop
+from pretrain.stopping import Interrupted
+from pretrain.stragglers import Stragglers
 from pretrain.validation import AbandonedError, validate
 
 
@@ -37,10 +43,18 @@ class Trainer:
     """One run, from a fresh start or a checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, engine: Engine, data: TrainingData, heldout: HeldoutData | None, stop: Stop
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        data: TrainingData,
+        heldout: HeldoutData | None,
+        orders: Orders,
+        heart: Heart,
     ) -> None:
         self.config = config
-        self.stop = stop
+        self.orders = orders
+        self.heart = heart
         self.mesh = mesh
         self.engine = engine
         self.data = data
@@ -51,10 +65,11 @@ class Trainer:
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0
         self.data_state = data.initial_state()
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
+        self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self.bad_samples = BadSampleBudget(config.data.max_bad_samples, config.data.max_bad_fraction)
-        self.looked_for_negatives = self.lacks_negatives = False
+        contrastive = config.objectives.contrastive
+        self.negatives = Negatives(contrastive, mesh.dp) if contrastive else None
+        self.stragglers = Stragglers(mesh)
         self.weights = {objective.name: objective.weight for objective in engine.architecture.objectives}
         # Live view of the temperature's master copy, on the one rank that saves it.
         saved = {fragment.name: fragment for fragment in engine.fragments() if fragment.saved_here}
@@ -82,13 +97,17 @@ class Trainer:
                 f"checkpoint.resume is never, and {checkpoint} exists: choose another output folder, or set "
                 f"checkpoint.resume=auto to go on from it."
             )
+        self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Goes back, or on, to a checkpoint: weights, moments, the data's place and what was counted."""
         run = read_run(checkpoint)
         check_same_run(run, self.config, self.data.tokenizer.fingerprint, str(checkpoint))
         self.data_state = self.data.resumed(DataState.from_dict(run["data"]))
         self.store.load(checkpoint, self.engine.fragments())
         self.engine.loaded(run["applied_steps"])
-        self.step = self.saving.saved_step = run["step"]
-        self.skipped_steps = run["skipped_steps"]
+        self.step = self.saving.saved_step = self.heart.saved_step = run["step"]
+        self.skipped.total = run["skipped_steps"]
         self.bad_samples.num_bad, self.bad_samples.num_seen = run["bad_samples"], run["samples"]
         ranks = math.prod(run["layout"].get(axis, 1) for axis in ("dp", "tp", "pp"))
         self._say(f"Resumed from {checkpoint}, saved on {counted(ranks, 'rank')}, at step {self.step}.")
@@ -116,6 +135,7 @@ class Trainer:
                 self._train_step(self._next_step(batches, clock), clock)
                 last = self.step == training.steps
                 self.saving.settle()
+                self.heart.saved_step = self.saving.saved_step or -1
                 if self.step % checkpoint.every == 0 or last:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
@@ -142,40 +162,47 @@ class Trainer:
         """This rank's micro-batches of the next step, once every rank has its own.
 
         Raises:
-            StoppedError: a rank was told to stop, be it while it waited for them; the state is saved.
+            StoppedError: the run was told to stop, be it while it waited for them; the state is saved.
             Interrupted: the same, before there was any.
         """
         micro_batches: list[Batch] = []
+        self.heart.beat("data", self.step)
         try:
-            with clock.waiting(), self.stop.interrupting():
+            with clock.waiting(), self.orders.stop.interrupting():
                 micro_batches = [next(batches) for _ in range(self.config.training.accumulation)]
         except Interrupted:
             pass
-        wishes = torch.tensor([self.stop.requested, self.saving.is_time()], device=self.mesh.device).long()
-        stopping, saving = self.mesh.world.sum(wishes).tolist()
-        if stopping and self.step == 0:
+        self.heart.beat("agree", self.step)
+        save, leave = self.orders.pending()
+        wishes = torch.tensor([save or self.saving.is_time(), leave], device=self.mesh.device).long()
+        save, leave = self.mesh.world.sum(wishes).tolist()
+        if leave and self.step == 0:
             raise Interrupted
-        if stopping or saving:
-            self._save(must=bool(stopping))
-        if stopping:
-            raise StoppedError(f"Told to stop: saved step {self.step}. The same command goes on from there.")
+        if save or leave:
+            self._save(must=bool(leave))
+        if leave:
+            reason = self.mesh.world.from_first(self.orders.reason)
+            raise StoppedError(f"{reason}: saved step {self.step}. The same command goes on from there.")
+        self.heart.beat("step", self.step)
         return [batch.to(self.mesh.device) for batch in micro_batches]
 
     def _train_step(self, micro_batches: Sequence[Batch], clock: Clock) -> None:
         """One optimizer step and its report."""
         training = self.config.training
         rate = learning_rate(self.step, training.steps, self.config.optimizer)
+        self.stragglers.begin()
         result = self.engine.step([batch.tensors for batch in micro_batches], rate)
         self.step += 1
         self.data_state = self.data.advance(self.data_state)
         batch_id = self._take_stock(micro_batches)
         objectives = self._by_objective(result.losses, result.counts)
-        contrasts = self.config.objectives.contrastive is not None
-        learnt_nothing = objectives.get("loss/contrastive") == 0 and not self.lacks_negatives
-        if contrasts and (learnt_nothing or not self.looked_for_negatives):
-            self._look_for_negatives(micro_batches)
-        temperature = {"temperature": self._temperature()} if contrasts else {}
+        if self.negatives and (problem := self.negatives.missing(objectives["loss/contrastive"], micro_batches)):
+            self._say(f"step {self.step}: {problem}")
+        temperature = {"temperature": self._temperature()} if self.negatives else {}
         step_s, data_wait_share = clock.read()
+        self.stragglers.end(data_wait_share * step_s, step_s)
+        shown = self.step % training.log_every == 0 or self.step == training.steps
+        slowest = self.stragglers.compare() if shown else None
         if self.metrics:
             values = {
                 **objectives,
@@ -187,15 +214,19 @@ class Trainer:
                 "time/samples_per_s": training.global_batch / step_s,
                 "time/step_s": step_s,
                 "time/data_wait_share": data_wait_share,
+                **(slowest.metrics() if slowest else {}),
                 "memory/peak_gib": peak_memory_gib(self.mesh.device),
-                "health/skipped_steps": self.skipped_steps + (not result.applied),
+                "health/skipped_steps": self.skipped.total + (not result.applied),
                 "health/bad_samples": self.bad_samples.num_bad,
                 "batch_id": batch_id,
             }
             self.metrics.step(self.step, values)
-            if self.step % training.log_every == 0 or self.step == training.steps:
+            if shown:
                 self._say(self.metrics.line(self.step, values))
-        self._watch_health(result)
+        if slowest and slowest.confirmed:
+            self._say(f"step {self.step}: {slowest}")
+        if said := self.skipped.watch(self.step, result.applied):
+            self._say(said)
 
     def _take_stock(self, micro_batches: Sequence[Batch]) -> int:
         """Counts bad samples, with the other ranks. Returns the id of the global batch, the same on any layout."""
@@ -219,51 +250,17 @@ class Trainer:
         here = torch.zeros(1, device=self.mesh.device) if self.log_scale is None else self.log_scale.clone()
         return math.exp(-self.mesh.world.sum(here.to(self.mesh.device)).item())
 
-    def _watch_health(self, result: StepResult) -> None:
-        """Counts steps that were skipped, and ends a run that does nothing else."""
-        if result.applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self._say(
-            f"step {self.step} skipped: the loss or the gradient norm is not finite "
-            f"({self.skipped_in_a_row} in a row, {self.skipped_steps} in all)"
-        )
-        limit = self.config.training.max_skipped_steps
-        if self.skipped_in_a_row >= limit:
-            raise TrainingError(
-                f"The last {self.skipped_in_a_row} steps, up to step {self.step}, had a loss or gradient norm that is "
-                f"not finite, and training.max_skipped_steps is {limit}: lower optimizer.learning_rate, and start "
-                f"again to go on from the checkpoints in {self.store.folder}."
-            )
-
-    def _look_for_negatives(self, micro_batches: Sequence[Batch]) -> None:
-        """Says once if the contrastive objective has nothing to compare with. All ranks call it together."""
-        names = ("image_ids", "caption_ids")
-        ids = [torch.stack([batch.tensors[name] for name in names]).cpu() for batch in micro_batches]
-        contrastive = self.config.objectives.contrastive
-        if contrastive and contrastive.negatives == "global_batch":
-            ids = [torch.cat(ids, dim=1)]
-        everyone = [torch.cat(parts, dim=1) for parts in zip(*self.mesh.dp.gather_objects(ids), strict=True)]
-        self.looked_for_negatives = True
-        self.lacks_negatives = not any(has_negatives(*parts) for parts in everyone)
-        if self.lacks_negatives:
-            samples = everyone[0].shape[1]
-            fix = (
-                "all of them share their image or their caption; look at them with `python -m data_pipelines inspect`"
-                if samples > 1
-                else "lower training.accumulation, or set objectives.contrastive.negatives=global_batch"
-            )
-            self._say(
-                f"step {self.step}: no contrastive negative is left where {samples} samples are compared, "
-                f"so that the contrastive objective teaches nothing: {fix}."
-            )
-
     def _evaluate(self, heldout: HeldoutData) -> None:
         """Scores on held-out data. Whatever is wrong there costs this evaluation, and not the run."""
         try:
-            found = validate(self.engine, self.mesh, heldout, self.data.micro_batch_per_rank, self.stop)
+            found = validate(
+                self.engine,
+                self.mesh,
+                heldout,
+                self.data.micro_batch_per_rank,
+                self.orders.stop,
+                beat=lambda: self.heart.beat("evaluate", self.step),
+            )
         except AbandonedError as error:
             why = str(error) or "told to stop."
             self._say(f"The evaluation after step {self.step} was given up: {why}")
@@ -286,13 +283,17 @@ class Trainer:
         }
 
     def _save(self, must: bool) -> None:
+        self.heart.beat("save", self.step)
+        begin = time.monotonic()
         self.saving.save(self.step, self.engine.fragments(), self._run_state(), must)
+        self.heart.saved_step = self.saving.saved_step or -1
+        self.orders.saved(time.monotonic() - begin)
 
     def _run_state(self) -> dict[str, Any]:
         return {
             "data": self.data_state.to_dict(),
             "applied_steps": self.engine.applied_steps,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.skipped.total,
             "bad_samples": self.bad_samples.num_bad,
             "samples": self.bad_samples.num_seen,
             "config": self.config.model_dump(mode="json"),
@@ -309,9 +310,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.mesh.is_main:
             say(text)
-
-
-def has_negatives(image_ids: Tensor, caption_ids: Tensor) -> bool:
-    """Whether any two of G samples differ in both image and caption. (G,), (G,)."""
-    # If one differs from the first in its image alone and one in its caption alone, these two differ in both.
-    return bool((image_ids != image_ids[0]).any() and (caption_ids != caption_ids[0]).any())

@@ -37,8 +37,23 @@ class AbandonedError(Exception):
     """Why there are no figures; raised on all ranks. Empty if the run was told to stop."""
 
 
-def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_rank: int, stop: Stop) -> Validation:
+def validate(
+    engine: Engine,
+    mesh: Mesh,
+    heldout: HeldoutData,
+    micro_batch_per_rank: int,
+    stop: Stop,
+    beat: Callable[[], None] = lambda: None,
+) -> Validation:
     """One pass over the held-out pairs. All ranks call it together.
+
+    Args:
+        engine: the model, whole or this rank's part.
+        mesh: this process among the others.
+        heldout: the pairs.
+        micro_batch_per_rank: samples of a batch.
+        stop: asked before each batch.
+        beat: called before each batch.
 
     Raises:
         AbandonedError: a rank was told to stop, or could not read its batch.
@@ -48,7 +63,9 @@ def validate(engine: Engine, mesh: Mesh, heldout: HeldoutData, micro_batch_per_r
     reports: list[Report] = []
     rows: list[tuple[Tensor, ...]] = []
     batches = heldout.batches(micro_batch_per_rank, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+    beat()
     while (batch := _agree(mesh, stop, lambda: next(batches, None))) is not None:
+        beat()
         columns = batch.to(mesh.device).tensors
         (found,) = engine.run([*architecture.reports, *embeddings], [columns])
         reports.append(report(architecture, found))

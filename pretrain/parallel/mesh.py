@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from pretrain.collectives import Group
 from pretrain.config import EngineConfig
@@ -127,16 +129,34 @@ def start_mesh(engine: EngineConfig) -> Mesh:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if is_launched():
-        # A rank whose launcher is killed would train on by itself, and write where the next start writes.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # A rank whose launcher is gone would train on by itself, and write where the next start writes. Ours dies only
+        # of SIGKILL. Plain torchrun dies of SIGUSR1, of a third SIGTERM, of a second Ctrl-C: then the rank is to stop.
+        last_word = signal.SIGKILL if "PRETRAIN_EXIT_CODE_FILE" in os.environ else signal.SIGTERM
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, last_word)
     if "RANK" not in os.environ:  # DeepSpeed wants a process group even for one process
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ[name] = value
         os.environ.setdefault("MASTER_PORT", "0")
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    _init_process_group(backend)
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
     return make_mesh(world, device, engine)
+
+
+def _init_process_group(backend: str) -> None:
+    """Joins the others, whichever attempt of torchrun's this is.
+
+    Plain torchrun gives all attempts of a run one store, whose stale keys lead gloo to ranks that are gone: restarts
+    in place came up 3 times of 12. On one node all ranks know the number of the attempt, which keeps the keys apart.
+    Nodes count differently; there, `launch.torchrun` makes a new store for each attempt.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def is_launched() -> bool:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pretrain.alarms import has_negatives
 from pretrain.banner import changes, idle_gpus
-from pretrain.trainer import has_negatives
 
 
 def test_changes_name_every_key_with_both_values():
