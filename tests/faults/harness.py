@@ -84,6 +84,10 @@ class Life:
             assert self.poll() is None and time.monotonic() < deadline, self.said()
             time.sleep(0.02)
 
+    def seen(self) -> list[list[str]]:
+        """The names in the checkpoints' folder at the start of each set of ranks."""
+        return [json.loads(line) for line in (self.folder / "seen").read_text().splitlines()]
+
     def said(self) -> str:
         return "".join((self.folder / name).read_text() for name in ("out", "err"))
 
@@ -108,7 +112,8 @@ class Run:
         folder = self.folder / f"life-{len(self.lives)}"
         folder.mkdir()
         words = [str(argument) for argument in arguments]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", VARIABLE: as_variable([*faults])}
+        traps = as_variable(faults, self.checkpoints, folder / "seen")
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", VARIABLE: traps}
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             if cold or self.nursery is None:
                 # What Python runs at every start, and the only way into ranks that a launcher starts.

@@ -1,7 +1,7 @@
 """Strikes a rank at a named moment, from inside its process; the product knows nothing of it.
 
-A life of a run gets the environment variable FAULTS, a JSON list of `Fault`s. Moments are what no rewrite of the product
-moves: the n-th optimizer step and where it is in it, a file that is opened for writing, a rename, a folder that goes.
+A life of a run gets the environment variable FAULTS. Moments are what no rewrite of the product moves: the n-th optimizer
+step and where in it, a file that is opened for writing, a rename, a file that goes.
 """
 
 import ctypes
@@ -13,9 +13,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ class Fault:
 
     Attributes:
         rank: whom it strikes.
-        at: forward, backward, update, step (after it), of `step`; or one of Python's audit events: open (for writing),
+        at: forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
         deed: a signal to itself, to all ranks or to the launcher ("SIGKILL", "SIGKILL all", "SIGKILL launcher");
             an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file.
-        step: of the run, counted from 1; where it is negative, of this process.
-        path: a pattern found in the path; of a rename, in its target.
-        restart: strikes only in this in-place restart; None for any.
+        step: counted from where the process began, the first one being 1.
+        path: a pattern found in the path; of a rename, in its target. `{save}` is the checkpoint after `step`.
+        restart: strikes only after so many restarts in place; None for any.
     """
 
     rank: int
@@ -46,51 +46,93 @@ class Fault:
     restart: int | None = 0
 
 
-def as_variable(faults: list[Fault]) -> str:
-    return json.dumps([asdict(fault) for fault in faults])
+def as_variable(faults: Sequence[Fault], watched: Path, seen: Path) -> str:
+    """What a rank is given: its faults, and a folder of which it writes down the contents at its start."""
+    return json.dumps({"faults": [asdict(fault) for fault in faults], "watched": str(watched), "seen": str(seen)})
 
 
 def install() -> None:
     """Lays the traps for this process, if it is a rank that has any."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or VARIABLE not in os.environ or "pretrain" not in sys.orig_argv + sys.argv:
         return
+    given = json.loads(os.environ[VARIABLE])
     rank, restart = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    faults = [Fault(**values) for values in json.loads(os.environ.get(VARIABLE, "[]"))]
+    if rank == 0:
+        with Path(given["seen"]).open("a") as file:
+            file.write(json.dumps(sorted(path.name for path in Path(given["watched"]).glob("*"))) + "\n")
+    faults = [Fault(**values) for values in given["faults"]]
     mine = [fault for fault in faults if fault.rank == rank and fault.restart in (None, restart)]
+    if mine:
+        progress = _watch_steps()
     for fault in mine:
+        strike = _once(fault)
         if fault.at in ("forward", "backward", "update", "step"):
-            _at_step(fault)
+            _at_step(fault, progress, strike)
         elif fault.at == "fsync":
-            _at_fsync(fault)
+            _at_fsync(fault, progress, strike)
         else:
-            _at_event(fault)
+            _at_event(fault, progress, strike)
 
 
-def _at_step(fault: Fault) -> None:
-    import torch  # the rank is about to do it as well
-    from torch.nn.modules.module import register_module_forward_hook
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
+@dataclass
+class Progress:
+    """Of this process."""
 
-    from pretrain.parallel.replicated import ReplicatedEngine
+    loaded: int = 0  # the step it has resumed from
+    lived: int = 0  # steps it has taken
+    stepping: bool = False
+
+    def names(self, fault: Fault, path: str) -> bool:
+        """Whether a fault means this path."""
+        return bool(re.search(fault.path.replace("{save}", f"step-{self.loaded + fault.step:09d}"), path))
+
+
+def _watch_steps() -> Progress:
+    from pretrain.parallel.replicated import ReplicatedEngine  # the rank is about to import it as well
     from pretrain.parallel.zero import ZeroEngine
     from pretrain.parallel.zero_pipeline import ZeroPipelineEngine
 
-    strike, state = _once(fault), {"steps": 0, "lived": 0, "in": False}
+    progress = Progress()
+
+    def step(function: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
+        progress.stepping = True
+        result = function(*arguments, **words)
+        progress.stepping = False
+        progress.lived += 1
+        return result
+
+    def loaded(function: Callable[..., Any], engine: Any, steps: int) -> Any:
+        progress.loaded = steps
+        return function(engine, steps)
+
+    for engine in (ReplicatedEngine, ZeroEngine, ZeroPipelineEngine):
+        for name, around in (("step", step), ("loaded", loaded)):
+            if name in vars(engine):
+                setattr(engine, name, partialmethod(_call, around, vars(engine)[name]))
+    return progress
+
+
+def _call(engine: Any, around: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
+    return around(function, engine, *arguments, **words)
+
+
+def _at_step(fault: Fault, progress: Progress, strike: Callable[[], None]) -> None:
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     def due(moment: str) -> bool:
-        here = state["steps"] + 1 == fault.step or state["lived"] + 1 == -fault.step
-        return moment == fault.at and state["in"] and here
+        return moment == fault.at and progress.stepping and progress.lived + 1 == fault.step
 
     def after_forward(module: Any, inputs: Any, output: Any) -> Any:
-        first = output if isinstance(output, torch.Tensor) else None
-        if first is None or not first.is_floating_point() or not first.requires_grad:
+        if not (isinstance(output, torch.Tensor) and output.is_floating_point() and output.requires_grad):
             return None
         if due("backward"):
-            first.register_hook(lambda gradient: strike())
+            output.register_hook(lambda gradient: strike())
         if due("forward"):
-            if fault.deed != "nan":
-                strike()
-            return first * float("nan")
+            if fault.deed == "nan":
+                return output * float("nan")
+            strike()
         return None
 
     def before_update(*_: Any) -> None:
@@ -98,63 +140,24 @@ def _at_step(fault: Fault) -> None:
             strike()
 
     register_module_forward_hook(after_forward)
-    for engine in (ReplicatedEngine, ZeroEngine, ZeroPipelineEngine):
-        if "step" in vars(engine):
-            _wrap(engine, "step", _stepping(state, due, strike))
-        if "loaded" in vars(engine):
-            _wrap(engine, "loaded", _loading(state))
     register_optimizer_step_pre_hook(before_update)
 
 
-def _stepping(state: dict[str, Any], due: Callable[[str], bool], strike: Callable[[], None]) -> Any:
-    def step(function: Any, *arguments: Any, **words: Any) -> Any:
-        state["in"] = True
-        result = function(*arguments, **words)
-        if due("step"):
-            strike()
-        state["in"] = False
-        state["steps"] += 1
-        state["lived"] += 1
-        return result
-
-    return step
-
-
-def _loading(state: dict[str, Any]) -> Any:
-    def loaded(function: Any, engine: Any, steps: int) -> Any:
-        state["steps"] = steps
-        return function(engine, steps)
-
-    return loaded
-
-
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    function = getattr(owner, name)
-    setattr(owner, name, wraps(function)(lambda *arguments, **words: around(function, *arguments, **words)))
-
-
-def _at_event(fault: Fault) -> None:
-    strike = _once(fault)
-
+def _at_event(fault: Fault, progress: Progress, strike: Callable[[], None]) -> None:
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if event != fault.at or not _is_writing(event, arguments):
-            return
-        path = arguments[1 if event == "os.rename" else 0]
-        if isinstance(path, (str, os.PathLike)) and re.search(fault.path, os.fspath(path)):
-            strike()
+        if event == fault.at and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            path = arguments[1 if event == "os.rename" else 0]
+            if isinstance(path, (str, os.PathLike)) and progress.names(fault, os.fspath(path)):
+                strike()
 
     sys.addaudithook(hear)
 
 
-def _is_writing(event: str, arguments: tuple[Any, ...]) -> bool:
-    return event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-
-
-def _at_fsync(fault: Fault) -> None:
-    strike, fsync = _once(fault), os.fsync
+def _at_fsync(fault: Fault, progress: Progress, strike: Callable[[], None]) -> None:
+    fsync = os.fsync
 
     def before(descriptor: int) -> None:
-        if re.search(fault.path, os.readlink(f"/proc/self/fd/{descriptor}")):
+        if progress.names(fault, os.readlink(f"/proc/self/fd/{descriptor}")):
             strike()
         fsync(descriptor)
 
