@@ -39,8 +39,9 @@ docs: .venv/.installed ## Write docs/settings.md from the config's models
 fuzz: .venv/.installed ## Spoil shards, tables, folders and configs in MUTANTS=100000 ways drawn by SEED=1, and check what is read
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
 
-soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed
+soak: .venv/.installed ## Kill toy runs KILLS=200 times at moments drawn by SEED=1, and check what they consumed and computed
 	@OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak.py $(or $(KILLS),200) $(or $(SEED),1)
+	@PYTHONPATH=tests:. OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak_training.py $(or $(KILLS),200) $(or $(SEED),1)
 
 bench-data: .venv/.installed ## Measure the data pipelines on one core, in about ten minutes
 	@$(RUN) benchmarks.data
