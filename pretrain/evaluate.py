@@ -13,7 +13,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.samples.tokenizer import Tokenizer
 from data_pipelines.stream.heldout import HeldoutData
 from pretrain.batch_spec import batch_spec, vocabulary_of
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config, EngineConfig, parse_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.figures import BATCH, all_scores, encode, zero_shot

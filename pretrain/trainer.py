@@ -21,7 +21,8 @@ from pretrain.alarms import Negatives
 from pretrain.banner import banner, changes, facts
 from pretrain.checkpoint.identity import check_same_run
 from pretrain.checkpoint.retention import Keep
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, StoppedError
 from pretrain.health import SkippedSteps
@@ -60,7 +61,13 @@ class Trainer:
         self.data = data
         self.heldout = heldout
         keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every)
-        self.store = CheckpointStore(config.output / "checkpoints", mesh.world, keep)
+        self.store = CheckpointStore(
+            config.output / "checkpoints",
+            mesh.world,
+            keep,
+            node=mesh.node,
+            asynchronous=config.checkpoint.asynchronous,
+        )
         self.saving = Saving(config.checkpoint, self.store)
         self.metrics: Metrics | None = None  # on the main process, while it trains
         self.step = 0

@@ -1,132 +1,97 @@
-"""One rank's fragments on disk: a safetensors file of boxes, and the index that says where every box lies."""
+"""Fills a rank's fragments from a checkpoint that any layout wrote."""
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cache
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pretrain.checkpoint.boxes import Box, boxes_of_slice
+from pretrain.checkpoint.index import ITEM, Index
 from pretrain.errors import CheckpointError
 from pretrain.parallel.engine import Fragment
 
 
-@dataclass(frozen=True)
-class Written:
-    """What one rank wrote: its file's size and hash, and the boxes inside it."""
-
-    file: str
-    bytes: int
-    sha256: str
-    boxes: dict[str, list[Box]]  # by parameter
-    shapes: dict[str, tuple[int, ...]]
-
-
-def write_fragments(path: Path, fragments: Iterable[Fragment]) -> Written:
-    """Writes the fragments that this rank saves, hashing while it writes, and waits for the disk.
+def read_fragments(checkpoint: Path, fragments: Iterable[Fragment]) -> None:
+    """Fills the fragments' views. Nothing is written into them unless the checkpoint has all of them.
 
     Raises:
-        OSError: the disk is full, gone or read-only.
+        CheckpointError: the checkpoint lacks a parameter, or has it in another shape, or cannot be read.
     """
-    pieces: dict[str, Tensor] = {}
-    boxes: dict[str, list[Box]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for fragment in fragments:
-        if not fragment.saved_here:
-            continue
-        boxes[fragment.name] = _boxes(fragment)
-        shapes[fragment.name] = fragment.part.shape
-        for kind, flat in fragment.tensors.items():
-            lengths = [box.numel for box in boxes[fragment.name]]
-            for box, piece in zip(boxes[fragment.name], flat.split(lengths), strict=True):
-                pieces[_key(kind, fragment.name, box)] = piece.view(box.size)
-    size, digest = _write_safetensors(path, pieces)
-    return Written(path.name, size, digest, boxes, shapes)
+    try:
+        index = Index.open(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"The checkpoint {checkpoint} cannot be read: {error}.") from None
+    wanted = [fragment for fragment in fragments if fragment.stop > fragment.start]
+    for fragment in wanted:
+        _check(fragment, index, checkpoint)
+    with ExitStack() as stack:
+
+        @cache
+        def opened(file: str) -> FileIO:
+            return stack.enter_context((checkpoint / file).open("rb", buffering=0))
+
+        for fragment in wanted:
+            _fill(fragment, index, opened)
 
 
-def merge_index(written: Iterable[Written]) -> dict[str, Any]:
-    """The index of a whole checkpoint: for each parameter its shape, and every box with the file that holds it."""
-    index: dict[str, Any] = {}
-    for part in written:
-        for name, boxes in part.boxes.items():
-            entry = index.setdefault(name, {"shape": list(part.shapes[name]), "boxes": []})
-            entry["boxes"] += [{"file": part.file, "offset": box.offset, "size": box.size} for box in boxes]
-    return index
+def _check(fragment: Fragment, index: Index, checkpoint: Path) -> None:
+    stored, shape = index.parameters.get(fragment.name), fragment.part.shape
+    if stored is None:
+        found = "is not in it"
+    elif tuple(stored.shape) != shape:
+        found = f"has shape {tuple(stored.shape)} in it"
+    elif len(fragment.tensors) > len(stored.kinds):
+        found = "is frozen in it, without the optimizer's moments"
+    else:
+        return
+    raise CheckpointError(
+        f"The checkpoint {checkpoint} is of another model: {fragment.name} {found}, and shape {shape} here. Restore "
+        f"the model section of the config, or start a new run with another output folder."
+    )
 
 
-def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
-    """Fills the fragments' views from a checkpoint that any layout wrote.
-
-    Raises:
-        CheckpointError: the checkpoint lacks a parameter, or has it in another shape.
-    """
-    index: Mapping[str, Any] = json.loads((folder / "index.json").read_text())
-    files: dict[str, Any] = {}
-    for fragment in fragments:
-        entry = index.get(fragment.name)
-        if entry is None or tuple(entry["shape"]) != fragment.part.shape:
-            found = "is not in it" if entry is None else f"has shape {tuple(entry['shape'])} in it"
-            raise CheckpointError(
-                f"The checkpoint {folder} is of another model: {fragment.name} {found}, and shape "
-                f"{fragment.part.shape} here. Restore the model section of the config, or start a new run with another "
-                f"output folder."
-            )
-        stored = [(piece["file"], Box(tuple(piece["offset"]), tuple(piece["size"]))) for piece in entry["boxes"]]
-        wanted = _boxes(fragment)
-        for kind, flat in fragment.tensors.items():
-            for target, piece in zip(wanted, flat.split([box.numel for box in wanted]), strict=True):
-                for file, source in stored:
-                    if (common := target.intersect(source)) is not None:
-                        if file not in files:
-                            files[file] = safe_open(folder / file, framework="pt")
-                        values = files[file].get_slice(_key(kind, fragment.name, source))
-                        view = piece.view(target.size)[common.slices_in(target)]
-                        view.copy_(values[common.slices_in(source)])
+def _fill(fragment: Fragment, index: Index, opened: Callable[[str], FileIO]) -> None:
+    parameter = index.parameters[fragment.name]
+    rows = [parameter.kinds.index(kind) for kind in fragment.tensors]
+    end = 0
+    for target in _boxes(fragment.part.offset, fragment.part.size, fragment.start, fragment.stop):
+        views = [flat[end : end + target.numel].view(target.size) for flat in fragment.tensors.values()]
+        end += target.numel
+        for found in index.find(parameter, target):
+            before = 0
+            for source in _boxes(found.part.offset, found.part.size, found.start, found.stop):
+                if (common := target.intersect(source)) is not None:
+                    for row, view in zip(rows, views, strict=True):
+                        position = found.position + ITEM * (row * found.stream.elements + before)
+                        values = _read(opened(found.stream.file), position, source, common)
+                        view[common.slices_in(target)].copy_(values)
+                before += source.numel
 
 
-def _boxes(fragment: Fragment) -> list[Box]:
-    """Where a fragment lies in the whole parameter, in the order of its elements."""
-    part = fragment.part
+def _read(file: FileIO, position: int, source: Box, common: Box) -> Tensor:
+    """Elements of a box that lies in a file, row after row: all of some rows, and of these what is wanted."""
+    row = source.numel // source.size[0]
+    skipped = common.offset[0] - source.offset[0]
+    size = common.size[0], *source.size[1:]
+    values = torch.empty(size)
+    left, at = values.numpy().reshape(-1).view("uint8").data, position + ITEM * skipped * row
+    while left:
+        count = os.preadv(file.fileno(), [left], at)
+        if count == 0:
+            raise CheckpointError(f"{file.name} was cut off while it was read.")
+        left, at = left[count:], at + count
+    rows = Box((common.offset[0], *source.offset[1:]), size)
+    return values[common.slices_in(rows)]
+
+
+def _boxes(offset: tuple[int, ...], size: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """Elements [start, stop) of a part that lies at `offset` of its parameter, as boxes of the parameter."""
     return [
-        Box(tuple(a + b for a, b in zip(part.offset, box.offset, strict=True)), box.size)
-        for box in boxes_of_slice(fragment.start, fragment.stop, part.size)
+        Box(tuple(a + b for a, b in zip(offset, box.offset, strict=True)), box.size)
+        for box in boxes_of_slice(start, stop, size)
     ]
-
-
-def _key(kind: str, name: str, box: Box) -> str:
-    return f"{kind}/{name}/{','.join(map(str, box.offset))}"
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Streams fp32 tensors into a safetensors file; returns its size in bytes and its sha256.
-
-    The library's own writer takes the whole file in memory and cannot hash on the way.
-    Source: the format's description, https://huggingface.co/docs/safetensors.
-    """
-    header: dict[str, Any] = {}
-    position = 0
-    for key, tensor in tensors.items():
-        assert tensor.dtype == torch.float32
-        end = position + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell(), digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().numpy().reshape(-1).view("uint8").data

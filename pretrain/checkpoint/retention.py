@@ -1,7 +1,12 @@
 """Which checkpoints stay on disk."""
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+SCORES = "scores.json"
+_PIN = "PINNED"
 
 
 @dataclass(frozen=True)
@@ -10,8 +15,31 @@ class Keep:
 
     newest: int = 3
     every: int | None = None  # steps
+    best: str | None = None
+    """Of what on held-out data: the lowest of a loss, the highest of all else."""
 
-    def superfluous(self, steps: Sequence[int], best: int | None, pinned: Collection[int]) -> list[int]:
+    def superfluous(self, steps: Sequence[int], scores: Mapping[int, float], pinned: Collection[int]) -> list[int]:
         """Those of the ascending steps that may go."""
-        kept = {*steps[-self.newest :], best, *pinned}
+        rated = [step for step in steps if step in scores]
+        pick = min if self.best and self.best.startswith("loss") else max
+        best = [pick(rated, key=scores.__getitem__)] if self.best and rated else []
+        kept = {*steps[-self.newest :], *best, *pinned}
         return [step for step in steps if step not in kept and not (self.every and step % self.every == 0)]
+
+
+def pin(checkpoint: Path) -> None:
+    """Lets a checkpoint stay whatever comes after it."""
+    (checkpoint / _PIN).touch()
+
+
+def is_pinned(checkpoint: Path) -> bool:
+    return (checkpoint / _PIN).exists()
+
+
+def read_scores(folder: Path) -> dict[int, float]:
+    """By step, what held-out data said; nothing if that is not to be read, which costs the best its place."""
+    try:
+        found = json.loads((folder / SCORES).read_bytes())
+        return {int(step): float(score) for step, score in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

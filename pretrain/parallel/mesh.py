@@ -9,6 +9,7 @@ a node, and those farthest apart a pp axis, which crosses nodes first.
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from pretrain.collectives import Group
+from pretrain.collectives import Group, all_gather
 from pretrain.config import EngineConfig
 from pretrain.errors import ConfigError
 
@@ -62,6 +63,27 @@ class Axis:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather(self, row: Tensor) -> Tensor:
+        """Every rank's row of numbers, of one length, in the order of ranks, on all of them."""
+        return all_gather(row[None], self.group)
+
+    def to_first(self, value: bytes) -> Iterator[bytes]:
+        """Every rank's bytes, one rank's after the other, on the first rank; nothing on the others. Use it up."""
+        if self.group is None:
+            yield value
+            return
+        sizes = self.gather(torch.tensor([len(value)])).flatten().tolist()
+        if self.rank > 0:
+            if value:
+                dist.send(torch.frombuffer(bytearray(value), dtype=torch.uint8), group=self.group, group_dst=0)
+            return
+        yield value
+        for rank, size in enumerate(sizes[1:], start=1):
+            received = torch.empty(size, dtype=torch.uint8)
+            if size:
+                dist.recv(received, group=self.group, group_src=rank)
+            yield received.numpy().tobytes()
+
 
 ALONE = Axis(0, 1, None)
 
@@ -75,6 +97,8 @@ class Mesh:
     dp: Axis = ALONE
     tp: Axis = ALONE
     pp: Axis = ALONE
+    node: int = 0
+    """The first rank of this rank's machine."""
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +116,7 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
         raise ConfigError(misfit)
     tp_size, pp_size = engine.tensor_parallel, engine.pipeline_parallel
     dp_size = world.size // (tp_size * pp_size)
+    node = world.rank - int(os.environ.get("LOCAL_RANK", world.rank))
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     if node_size % tp_size:
         raise ConfigError(
@@ -103,7 +128,7 @@ def make_mesh(world: Axis, device: torch.device, engine: EngineConfig) -> Mesh:
     tp = _axis(world, ranks[pp_rank, dp_rank].tolist())
     dp = _axis(world, ranks[pp_rank, :, tp_rank].tolist())
     pp = _axis(world, ranks[:, dp_rank, tp_rank].tolist())
-    return Mesh(device, world, dp, tp, pp)
+    return Mesh(device, world, dp, tp, pp, node)
 
 
 def _axis(world: Axis, ranks: list[int]) -> Axis:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distributed.tiny import commit, engine_curve, plain_curve, tiny_config, tiny_engine
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 
 STEPS = 6
 

@@ -27,7 +27,8 @@ from distributed.tiny import (
     tiny_engine,
 )
 from pretrain.checkpoint.fragments import read_fragments
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
 from pretrain.parallel.tensor import whole

@@ -7,7 +7,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.tiny import assert_same_curve, commit, engine_curve, plain_curve, tiny_config, tiny_engine
-from pretrain.checkpoint.store import CheckpointStore, read_run
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.checkpoint.verify import read_run
 from pretrain.collectives import row_offset
 from pretrain.objectives.contrastive import Identity
 from pretrain.objectives.sigmoid import sigmoid_loss

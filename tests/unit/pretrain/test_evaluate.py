@@ -8,7 +8,7 @@ import torch
 
 from data_pipelines.errors import DataError
 from data_pipelines.shards.manifest import Manifest
-from pretrain.checkpoint.store import read_run
+from pretrain.checkpoint.verify import read_run
 from pretrain.errors import CheckpointError
 from pretrain.evaluate import find_tokenizer, still_there
 from pretrain.scores import name_of

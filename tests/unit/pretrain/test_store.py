@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint.fragments import read_fragments
 from pretrain.checkpoint.retention import Keep
-from pretrain.checkpoint.store import CheckpointStore, Failed, read_run
+from pretrain.checkpoint.store import CheckpointStore, Failed
+from pretrain.checkpoint.verify import read_run
 from pretrain.errors import CheckpointError, FencedError, StorageError
 from pretrain.parallel.engine import Fragment
 from pretrain.parallel.mesh import ALONE
@@ -53,8 +54,8 @@ def test_what_was_saved_is_loaded(store):
 
 def test_the_file_is_safetensors_as_the_library_reads_it(store):
     save(store, 5, state(), {})
-    tensors = load_file(store.newest_valid() / "rank-00000.safetensors")
-    assert torch.equal(tensors["exp_avg/layer.weight/0,0"].flatten(), state()[0].tensors["exp_avg"])
+    tensors = load_file(store.newest_valid() / "node-00000.safetensors")
+    assert torch.equal(tensors["0/trained"], torch.stack(list(state()[0].tensors.values())))
 
 
 def test_only_the_newest_stay(store):
@@ -80,7 +81,9 @@ def test_any_flipped_byte_is_found_and_the_one_before_is_taken(store):
     assert len(list((store.folder / "quarantine").glob("*.reason.txt"))) > 50
 
 
-@pytest.mark.parametrize("file", ["rank-00000.safetensors", "index.json", "run.json", "MANIFEST.json", "COMMIT"])
+@pytest.mark.parametrize(
+    "file", ["node-00000.safetensors", "index.json", "intervals.bin", "run.json", "MANIFEST.json", "COMMIT"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
 def test_a_missing_or_cut_file_is_found(store, file, damage, capsys):
     save(store, 1, state(1), {})
@@ -152,7 +155,7 @@ def test_a_checkpoint_of_another_model_names_the_parameter_and_both_shapes(store
 def test_nothing_in_a_checkpoint_is_pickled(store):
     save(store, 1, state(), {})
     kinds = {path.suffix for path in store.newest_valid().iterdir()}
-    assert kinds == {".safetensors", ".json", ""}
+    assert kinds == {".safetensors", ".json", ".bin", ""}
     json.loads((store.newest_valid() / "index.json").read_text())
 
 
@@ -182,7 +185,7 @@ def test_a_copy_under_the_name_of_a_step_to_come_makes_room_for_it_and_is_kept(s
     assert save(store, 2, state(2), {}) is None
     assert store.newest_valid().name == "step-000000002"
     assert torch.equal(values(store, store.newest_valid()), state(2)[0].tensors["master"])
-    assert "step-000000002 is of another step than 2" in capsys.readouterr().out
+    assert "step-000000002 makes room for step 2" in capsys.readouterr().out
     (copy,) = [path for path in (store.folder / "quarantine").iterdir() if path.is_dir()]
     assert torch.equal(values(store, copy), state(1)[0].tensors["master"])
 
