@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ class Fault:
 
     Attributes:
         rank: whom it strikes.
-        at: forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
+        at: start, loaded (a checkpoint), evaluate; forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
         deed: a signal to itself, to all ranks or to the launcher ("SIGKILL", "SIGKILL all", "SIGKILL launcher");
-            an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file.
+            an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file;
+            "file NAME", which appears in the run's folder.
         step: counted from where the process began, the first one being 1.
         path: a pattern found in the path; of a rename, in its target. `{save}` is the checkpoint after `step`.
         restart: strikes only after so many restarts in place; None for any.
@@ -66,12 +67,16 @@ def install() -> None:
         progress = _watch_steps()
     for fault in mine:
         strike = _once(fault)
-        if fault.at in ("forward", "backward", "update", "step"):
+        if fault.at in ("forward", "backward", "update"):
             _at_step(fault, progress, strike)
+        elif fault.at in ("start", "loaded", "evaluate"):
+            progress.strikes[fault.at] = strike
         elif fault.at == "fsync":
             _at_fsync(fault, progress, strike)
         else:
             _at_event(fault, progress, strike)
+    if mine and "start" in progress.strikes:
+        progress.strikes["start"]()
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Progress:
     loaded: int = 0  # the step it has resumed from
     lived: int = 0  # steps it has taken
     stepping: bool = False
+    strikes: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def names(self, fault: Fault, path: str) -> bool:
         """Whether a fault means this path."""
@@ -103,13 +109,22 @@ def _watch_steps() -> Progress:
 
     def loaded(function: Callable[..., Any], engine: Any, steps: int) -> Any:
         progress.loaded = steps
+        progress.strikes.get("loaded", _nothing)()
         return function(engine, steps)
 
+    def run(function: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
+        progress.strikes.get("evaluate", _nothing)()
+        return function(*arguments, **words)
+
     for engine in (ReplicatedEngine, ZeroEngine, ZeroPipelineEngine):
-        for name, around in (("step", step), ("loaded", loaded)):
+        for name, around in (("step", step), ("loaded", loaded), ("run", run)):
             if name in vars(engine):
                 setattr(engine, name, partialmethod(_call, around, vars(engine)[name]))
     return progress
+
+
+def _nothing() -> None:
+    pass
 
 
 def _call(engine: Any, around: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
@@ -195,6 +210,8 @@ def _do(deed: str) -> None:
             ctypes.CDLL(None).signal(signal.SIGXFSZ, 0)
     elif word in errno.errorcode.values():
         raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)))
+    elif word == "file":
+        (Path(json.loads(os.environ[VARIABLE])["watched"]).parent / whom).touch()
     elif word == "raise":
         raise RuntimeError("injected")
     elif word == "exit":
