@@ -6,7 +6,7 @@ from e2e.conftest import tiny_run
 from faults.harness import Run
 from warm import Nursery
 
-STEPS, EVERY = 80, 2
+STEPS, EVERY = 52, 2
 
 
 @pytest.fixture(scope="session")

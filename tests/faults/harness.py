@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from faults.injector import VARIABLE, Fault, as_variable
@@ -186,12 +187,14 @@ def resumed_at(ended: Ended) -> int | None:
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of its own at `folder`, of so many bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    import pytest
-
-    if (mounted := subprocess.run(mount, capture_output=True, text=True, check=False)).returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    if problem := mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder):
+        pytest.skip(f"no small disk can be mounted here: {problem}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(*words: object) -> str:
+    """Why it cannot be, if so."""
+    return subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False).stderr.strip()

@@ -4,6 +4,7 @@ A life of a run gets the environment variable FAULTS. Moments are what no rewrit
 step and where in it, a file that is opened for writing, a rename, a file that goes.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -19,7 +20,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "FAULTS"
+VARIABLE, FILLER = "FAULTS", ".filler"
 PLENTY = 1 << 16  # bytes of a file that are written before its writer is struck in mid-write
 
 
@@ -33,7 +34,7 @@ class Fault:
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
         deed: a signal to itself, to all ranks or to the launcher ("SIGKILL", "SIGKILL all", "SIGKILL launcher");
             an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file;
-            "file NAME", which appears in the run's folder.
+            "file NAME", which appears in the run's folder; "fill", the disk of the checkpoints to its last byte.
         step: counted from where the process began, the first one being 1.
         path: a pattern found in the path; of a rename, in its target. `{save}` is the checkpoint after `step`.
         restart: strikes only after so many restarts in place; None for any.
@@ -212,6 +213,11 @@ def _do(deed: str) -> None:
         raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)))
     elif word == "file":
         (Path(json.loads(os.environ[VARIABLE])["watched"]).parent / whom).touch()
+    elif word == "fill":
+        with contextlib.suppress(OSError), (Path(json.loads(os.environ[VARIABLE])["watched"]) / FILLER).open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
     elif word == "raise":
         raise RuntimeError("injected")
     elif word == "exit":

@@ -24,6 +24,7 @@ class Order(NamedTuple):
 
 SAVED = r"Told to stop: saved step \d+\. The same command goes on from there\."
 IN_SAVE = {"at": "open", "path": r"\.tmp-step-\d+-\w+/"}
+LOOK = Fault(1, "forward", "sleep 1.1", step=3)  # until the main rank looks for files again
 ORDERS = {
     "SIGTERM in a forward pass": Order([Fault(0, "forward", "SIGTERM launcher", step=3)], 85, SAVED),
     "SIGUSR1 in a backward pass": Order([Fault(0, "backward", "SIGUSR1 launcher", step=3)], 85, SAVED),
@@ -31,7 +32,7 @@ ORDERS = {
     "SIGTERM for one rank alone": Order([Fault(1, "forward", "SIGTERM", step=3)], 85, SAVED),
     "SIGUSR1 for one rank alone": Order([Fault(1, "forward", "SIGUSR1", step=3)], 85, SAVED),
     "the file STOP": Order(
-        [Fault(1, "forward", "file STOP", step=3)], 85, r"Told to stop by the file \S+STOP: saved step \d+\."
+        [Fault(0, "forward", "file STOP", step=3), LOOK], 85, r"Told to stop by the file \S+STOP: saved step \d+\."
     ),
     "SIGTERM while it starts": Order(
         [Fault(0, "loaded", "SIGTERM launcher")], 85, "Told to stop before the first step: there is nothing to save"
@@ -105,8 +106,7 @@ def test_it_saves_and_leaves_with_its_exit_code(obedience, undisturbed, name):
 
 def test_the_file_save_makes_a_checkpoint_and_the_run_goes_on_to_the_undisturbed_end(obedience, undisturbed):
     before = obedience.run.newest() or 0
-    asked = Fault(0, "forward", "file SAVE", step=3)
-    ended = obedience.run.live("checkpoint.every=1000", faults=[asked])
+    ended = obedience.run.live("checkpoint.every=1000", faults=[Fault(0, "forward", "file SAVE", step=3), LOOK])
     assert ended.code == 0, ended.err
     saved = [int(step) for step in re.findall(r"^Saved step (\d+) in", ended.out, re.MULTILINE)]
     assert len(saved) == 2
