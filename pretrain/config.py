@@ -187,6 +187,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay on disk."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that this divides stay too. null: none."""
+    best: str | None = None
+    """The checkpoint that is best on held-out data stays too: by the highest `text_to_image_R@1`, `image_to_text_R@5`,
+    `accuracy/matching` and the like, or by the lowest `loss` or `loss/matching`. null: none."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: from the newest valid checkpoint if there is any. must: an error if there is none. never: an
     error if there is one, so that nothing is overwritten."""
@@ -249,12 +252,33 @@ class Config(Section):
                 )
         if self.objectives.matching is not None:
             self._pool_fits(self.objectives.matching.pool)
+        self._best_is_known()
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below training.steps "
                 f"{self.training.steps}: shorten the warmup"
             )
         return self
+
+    def _best_is_known(self) -> None:
+        """The best checkpoint is that of a step which is evaluated and saved."""
+        best, checkpoint, evaluate_every = self.checkpoint.best, self.checkpoint, self.training.evaluate_every
+        if best is None:
+            return
+        objectives = [name for name in ObjectivesConfig.model_fields if getattr(self.objectives, name)]
+        known = ["loss", *(f"{what}/{name}" for what in ("loss", "accuracy") for name in objectives)]
+        if self.objectives.contrastive is not None:
+            known += [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+        if best not in known:
+            raise ValueError(f"checkpoint.best {best} is nothing that this run evaluates: set {', '.join(known)}")
+        if self.data.heldout is None:
+            raise ValueError(f"checkpoint.best {best} needs held-out data: set data.heldout, or checkpoint.best=null")
+        if evaluate_every % checkpoint.every:
+            raise ValueError(
+                f"checkpoint.best {best} needs a checkpoint of every step that is evaluated, and "
+                f"training.evaluate_every {evaluate_every} is no multiple of checkpoint.every {checkpoint.every}: "
+                f"change one of them"
+            )
 
     def _pool_fits(self, pool: int) -> None:
         """Pools lie inside grains, or whole grains make whole pools of a micro-step."""

@@ -1,9 +1,10 @@
 """When a run saves, what it says of it, and when it gives up."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pretrain.checkpoint.retention import add_score
 from pretrain.checkpoint.store import CheckpointStore, Failed, Saved
 from pretrain.config import CheckpointConfig
 from pretrain.errors import StorageError
@@ -72,6 +73,14 @@ class Saving:
                         f"Step {step} could not be saved in {self.store.folder} ({problem}): make space or mend the "
                         f"disk, and start again with the same command to go on from the newest checkpoint."
                     )
+
+    def rate(self, step: int, values: Mapping[str, float]) -> None:
+        """Notes what held-out data said after a step, so that the best checkpoint stays."""
+        if (best := self.config.best) and best in values:
+            try:
+                add_score(self.store.folder, best, step, values[best])
+            except OSError as error:
+                say(f"The score of step {step} cannot be kept in {self.store.folder} ({error}); training goes on.")
 
     def _say(self, text: str) -> None:
         if self.store.is_main:

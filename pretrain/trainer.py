@@ -60,7 +60,7 @@ class Trainer:
         self.engine = engine
         self.data = data
         self.heldout = heldout
-        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every)
+        keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.best)
         self.store = CheckpointStore(
             config.output / "checkpoints",
             mesh.world,
@@ -147,6 +147,9 @@ class Trainer:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
+        except TrainingError:  # on all ranks together
+            self.saving.settle(wait=True)
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -276,6 +279,7 @@ class Trainer:
             return
         values = self._by_objective(found.losses, found.counts) | found.retrieval
         self.metrics.heldout(self.step, values)
+        self.saving.rate(self.step, values)
         figures = [f"{name} accuracy {values[f'accuracy/{name}']:.3f}" for name in self.weights]
         if found.retrieval:
             figures.insert(0, f"text-to-image R@1 {values['text_to_image_R@1']:.3f} of {len(heldout)}")

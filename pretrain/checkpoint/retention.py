@@ -1,6 +1,7 @@
 """Which checkpoints stay on disk."""
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,24 @@ def is_pinned(checkpoint: Path) -> bool:
     return (checkpoint / _PIN).exists()
 
 
-def read_scores(folder: Path) -> dict[int, float]:
-    """By step, what held-out data said; nothing if that is not to be read, which costs the best its place."""
+def read_scores(folder: Path, metric: str | None) -> dict[int, float]:
+    """By step, what a metric was on held-out data; nothing if that cannot be read, which costs the best its place."""
     try:
         found = json.loads((folder / SCORES).read_bytes())
-        return {int(step): float(score) for step, score in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {int(step): float(score) for step, score in found[metric].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def add_score(folder: Path, metric: str, step: int, score: float) -> None:
+    """Notes what a metric was after a step.
+
+    Raises:
+        OSError: the disk is full, gone or read-only.
+    """
+    if math.isfinite(score):
+        scores = {str(there): value for there, value in read_scores(folder, metric).items()} | {str(step): score}
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{SCORES}"
+        temporary.write_text(json.dumps({metric: scores}, allow_nan=False))
+        temporary.replace(folder / SCORES)

@@ -173,7 +173,7 @@ class CheckpointStore:
             quarantine: False for a reader beside a live run, who moves nothing: what it finds incomplete may just be
                 going.
             step: only the checkpoint of this step will do.
-            before: only those of earlier steps will do.
+            before: only those of earlier steps will do; the run goes back, and later ones are moved to `quarantine/`.
 
         Raises:
             CheckpointError: there are checkpoints, and none is valid, or none is of that step. Never a silent fresh
@@ -181,8 +181,8 @@ class CheckpointStore:
             FencedError: another job owns the folder now.
         """
         steps, others = self.world.from_first(contents(self.folder) if self.is_main else None)
-        if before is not None:
-            steps = [there for there in steps if there < before]
+        undone = [there for there in steps if before is not None and there >= before]
+        steps = steps[: len(steps) - len(undone)]
         if step is not None and step not in steps:
             there = f"those there are of {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"No checkpoint of step {step} in {self.folder}: {there}.")
@@ -191,18 +191,12 @@ class CheckpointStore:
             name = name_of(candidate)
             problem = verify(self.folder / name, self.world)
             if problem is None:
+                for later in undone:
+                    self._set_aside(name_of(later), f"comes after step {candidate}, to which the run goes back")
                 return self.folder / name
             problems.append(f"{name}: {problem}")
             if quarantine:
-                self._check_owner()
-            if self.is_main and quarantine:
-                try:
-                    self._quarantine(name, f"is not whole ({problem})")
-                except OSError as error:
-                    raise StorageError(
-                        f"The checkpoint {self.folder / name} is not whole ({problem}), and cannot be "
-                        f"moved away ({in_words(error)}): mend the disk, or remove it."
-                    ) from None
+                self._set_aside(name, f"is not whole ({problem})")
         reasons = self.folder / QUARANTINE
         if problems or self.world.from_first(reasons.is_dir()):  # also one that an earlier start filled
             why = f"the reasons are in {reasons}" if quarantine or not problems else "; ".join(problems)
@@ -307,12 +301,26 @@ class CheckpointStore:
         """Under another name first, so that a kill leaves nothing incomplete under the name of a checkpoint."""
         steps = [step for step in contents(self.folder)[0] if step <= newest]
         pinned = [step for step in steps if is_pinned(self.folder / name_of(step))]
-        for step in self.keep.superfluous(steps, read_scores(self.folder), pinned):
+        for step in self.keep.superfluous(steps, read_scores(self.folder, self.keep.best), pinned):
             if self.still_owner() is not None:
                 return  # the next commit says so
             with contextlib.suppress(OSError):  # it is tried again after the next save
                 leaving = (self.folder / name_of(step)).rename(self.folder / temporary_name(step))
                 shutil.rmtree(leaving, ignore_errors=True)
+
+    def _set_aside(self, name: str, problem: str) -> None:
+        self._check_owner()
+        why = None
+        if self.is_main:
+            try:
+                self._quarantine(name, problem)
+            except OSError as error:
+                why = in_words(error)
+        if why := self.world.from_first(why):
+            raise StorageError(
+                f"The checkpoint {self.folder / name} {problem}, and cannot be moved away ({why}): mend the disk, or "
+                f"remove it."
+            )
 
     def _quarantine(self, name: str, problem: str) -> None:
         target = self.folder / QUARANTINE / f"{name}-{uuid.uuid4().hex[:8]}"

@@ -251,11 +251,13 @@ def test_a_job_that_no_longer_owns_the_folder_changes_nothing_in_it(store):
     assert after == before
 
 
-def test_the_newest_before_a_step_is_found(store):
-    for step in (1, 2):
+def test_going_back_before_a_step_sets_aside_what_came_after(store, capsys):
+    for step in (1, 2, 3):
         save(store, step, state(step), {})
-    assert store.newest_valid(before=2).name == "step-000000001"
     assert store.newest_valid(before=1) is None
+    assert store.newest_valid(before=3).name == "step-000000002"
+    assert store.newest_valid().name == "step-000000002"
+    assert "step-000000003 comes after step 2, to which the run goes back; it is now" in capsys.readouterr().out
 
 
 def test_every_nth_stays(tmp_path):
