@@ -46,6 +46,7 @@ class Agent(LocalElasticAgent):
         self._watch = Watch(self._heartbeats)
         self._saved_step, self._futile = -1, 0
         self._asked = 0.0
+        self._ended = False  # this attempt, by us
 
     @property
     def _several(self) -> bool:
@@ -60,7 +61,7 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for path in (self._exit_code_file, Path(f"{self._exit_code_file}.said")):  # of the attempt before
             path.unlink(missing_ok=True)
-        self._watch = Watch(self._heartbeats)
+        self._watch, self._ended = Watch(self._heartbeats), False
         return super()._start_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -68,7 +69,7 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         pids = {worker.global_rank: worker.id for worker in worker_group.workers}
-        if self._watch.look(pids) or self._another_node_hangs():
+        if not self._ended and (self._watch.look(pids) or self._another_node_hangs()):
             self._end_hung(pids)
         first = self._kill_what_a_failure_leaves()
         result = super()._monitor_workers(worker_group)
@@ -87,6 +88,7 @@ class Agent(LocalElasticAgent):
         if self._several:
             time.sleep(_OTHERS_DUMP_S)
         self._exit_code_file.write_text(str(HUNG))
+        self._ended = True
         for pid in pids.values():
             kill_session(pid)
 
@@ -99,6 +101,7 @@ class Agent(LocalElasticAgent):
         processes = {local: handler.proc for local, handler in self._pcontext.subprocess_handlers.items()}
         failed = {local for local, process in processes.items() if process.poll()}
         if failed and read_exit_code(self._exit_code_file) not in FINAL:
+            self._ended = True
             for local, process in processes.items():
                 if local not in failed:
                     kill_session(process.pid)

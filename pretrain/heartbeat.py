@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 FOLDER = "PRETRAIN_HEARTBEATS"
 DUMP_STACKS = signal.SIGUSR2
-PHASES = ("start", "data", "agree", "step", "save", "evaluate")  # in the order of a step; agree: waits for the others
+PHASES = ("start", "data", "agree", "step", "save", "evaluate", "end")  # in their order; agree: waits for the others
 _RECORD = struct.Struct("<5qd")
 _FIRST = 15  # times the limit, until a phase has been seen: the first steps compile, and fill caches and buffers
 _SEEN = 3
@@ -47,7 +47,9 @@ class Heartbeat(NamedTuple):
     @property
     def place(self) -> str:
         """Where the rank is, for a person."""
-        return "the start" if PHASES[self.phase] == "start" else f"{PHASES[self.phase]}, step {self.step + 1}"
+        name = PHASES[self.phase]
+        step = self.step + (name in ("data", "agree", "step"))  # of these, the step that they will complete
+        return f"the {name}" if name in ("start", "end") else f"{name}, step {step}"
 
 
 class Heart:

@@ -9,9 +9,8 @@ from data_pipelines.errors import UserError, named
 from data_pipelines.stream.heldout import HeldoutData
 from data_pipelines.stream.loader import TrainingData
 from pretrain.batch_spec import batch_spec, vocabulary_of
-from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Config, load_config
-from pretrain.errors import ConfigError
+from pretrain.elastic import adapt
 from pretrain.heartbeat import Heart
 from pretrain.orders import Orders
 from pretrain.parallel.build import build_engine
@@ -36,6 +35,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
     with stop.interrupting():
         mesh = start_mesh(config.engine)
         lock = claim_folder(config, mesh)
+        config, elastic = adapt(config, mesh)
 
         data, heldout = open_data(config, mesh)
 
@@ -46,7 +46,7 @@ def main(config_path: Path, overrides: Sequence[str], stop: Stop) -> None:
             micro_batch_per_rank=data.micro_batch_per_rank,
         )
 
-        trainer = Trainer(config, mesh, engine, data, heldout, open_orders(config, mesh, stop), heart)
+        trainer = Trainer(config, mesh, engine, data, heldout, open_orders(config, mesh, stop), heart, elastic)
         trainer.resume()
 
     trainer.fit()
@@ -82,8 +82,6 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
     Raises:
         UserError: what is there cannot be used, or does not divide over the processes.
     """
-    if mesh.world.from_first(CheckpointStore(config.output / "checkpoints", mesh.world).has_begun()):
-        check_ranks(config, mesh)
     spec = batch_spec(config)
     data = TrainingData(
         spec,
@@ -98,18 +96,3 @@ def open_data(config: Config, mesh: Mesh) -> tuple[TrainingData, HeldoutData | N
         heldout = HeldoutData(spec)
     heldout.examine(mesh.world.rank, mesh.world.size, mesh.world.gather_objects)
     return data, heldout
-
-
-def check_ranks(config: Config, mesh: Mesh) -> None:
-    """Refuses a number of processes that would need another batch or grain than a run has begun with."""
-    training, grain = config.training, config.data.grain
-    grains, rest = divmod(training.global_batch, training.accumulation * grain)
-    if rest or grains % mesh.dp.size == 0:
-        return
-    per_replica = mesh.world.size // mesh.dp.size
-    *some, last = [str(ranks * per_replica) for ranks in range(1, grains + 1) if grains % ranks == 0]
-    raise ConfigError(
-        f"The run in {config.output} has begun, and a step of it ({training.global_batch:,} samples / "
-        f"training.accumulation {training.accumulation} = {grains} grains of {grain}) does not divide over "
-        f"{mesh.world.size} processes: use {', '.join(some)}{' or ' if some else ''}{last} processes."
-    )

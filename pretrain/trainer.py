@@ -52,10 +52,12 @@ class Trainer:
         heldout: HeldoutData | None,
         orders: Orders,
         heart: Heart,
+        elastic: dict[str, int],
     ) -> None:
         self.config = config
         self.orders = orders
         self.heart = heart
+        self.elastic = elastic  # what the next start has to know, with another number of ranks
         self.mesh = mesh
         self.engine = engine
         self.data = data
@@ -151,6 +153,7 @@ class Trainer:
             self.saving.settle(wait=True)
             raise
         finally:
+            self.heart.beat("end", self.step)
             if self.metrics:
                 self.metrics.close()
 
@@ -303,6 +306,7 @@ class Trainer:
     def _run_state(self) -> dict[str, Any]:
         return {
             "data": self.data_state.to_dict(),
+            "elastic": self.elastic,
             "applied_steps": self.engine.applied_steps,
             "skipped_steps": self.skipped.total,
             "bad_samples": self.bad_samples.num_bad,

@@ -88,6 +88,16 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            variables = (Path("/proc") / child / "environ").read_bytes().split(b"\0")
+            found |= {int(text[5:]): int(child) for text in variables if text.startswith(b"RANK=")}
+    return found
+
+
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
     """Returns when the run has written `step`."""
     for _ in range(1200):

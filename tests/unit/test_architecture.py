@@ -39,6 +39,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.checkpoint", "pretrain.metrics", "pretrain.parallel.engine", "pretrain.screen"),
         *("pretrain.config", "pretrain.errors"),
     ),
+    "pretrain.elastic": ("pretrain.parallel.mesh", "pretrain.config", "pretrain.errors"),
     "pretrain.alarms": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines.batch"),
     "pretrain.health": ("pretrain.errors",),
     "pretrain.batch_spec": ("pretrain.models", "pretrain.config", "data_pipelines"),
