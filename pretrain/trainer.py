@@ -24,7 +24,7 @@ from pretrain.checkpoint.retention import Keep
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.verify import read_run
 from pretrain.config import Config
-from pretrain.errors import CheckpointError, StoppedError
+from pretrain.errors import CheckpointError, StoppedError, TrainingError
 from pretrain.health import SkippedSteps
 from pretrain.heartbeat import Heart
 from pretrain.metrics import Clock, Metrics, peak_memory_gib

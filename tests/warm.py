@@ -74,7 +74,9 @@ def serve(descriptor: int) -> None:
         process = os.fork()
         if not process:
             os.setsid()
-            _become(["python", "-m", *request["arguments"]], request["environment"], {1: descriptors[0], 2: descriptors[1]})
+            _become(
+                ["python", "-m", *request["arguments"]], request["environment"], {1: descriptors[0], 2: descriptors[1]}
+            )
         for each in descriptors:
             os.close(each)
         requests.send(json.dumps(process).encode())

@@ -214,7 +214,10 @@ def _do(deed: str) -> None:
     elif word == "file":
         (Path(json.loads(os.environ[VARIABLE])["watched"]).parent / whom).touch()
     elif word == "fill":
-        with contextlib.suppress(OSError), (Path(json.loads(os.environ[VARIABLE])["watched"]) / FILLER).open("wb") as file:
+        with (
+            contextlib.suppress(OSError),
+            (Path(json.loads(os.environ[VARIABLE])["watched"]) / FILLER).open("wb") as file,
+        ):
             while True:
                 file.write(bytes(4096))
                 file.flush()
