@@ -1,6 +1,6 @@
 """Strikes a rank at a named moment, from inside its process; the product knows nothing of it.
 
-A life of a run gets the environment variable FAULTS. Moments are what no rewrite of the product moves: the n-th optimizer
+A life of a run gets the environment variable FAULTS. Moments are what no rewrite of the product moves: the n-th
 step and where in it, a file that is opened for writing, a rename, a file that goes.
 """
 
@@ -34,7 +34,7 @@ class Fault:
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
         deed: a signal to itself, to all ranks or to the launcher ("SIGKILL", "SIGKILL all", "SIGKILL launcher");
             an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file;
-            "file NAME", which appears in the run's folder; "fill", the disk of the checkpoints to its last byte.
+            diverge, into a collective of its own; "file NAME", which appears in the run's folder; "fill", the disk of the checkpoints to its last byte.
         step: counted from where the process began, the first one being 1.
         path: a pattern found in the path; of a rename, in its target. `{save}` is the checkpoint after `step`.
         restart: strikes only after so many restarts in place; None for any.
@@ -221,6 +221,10 @@ def _do(deed: str) -> None:
             while True:
                 file.write(bytes(4096))
                 file.flush()
+    elif word == "diverge":
+        import torch.distributed as dist
+
+        dist.monitored_barrier()  # in which the other ranks never take part
     elif word == "raise":
         raise RuntimeError("injected")
     elif word == "exit":
