@@ -1,7 +1,7 @@
 """Kills a training run again and again, goes on with another layout, and compares every step with an undisturbed run's.
 
-Ranks run the real trainer with the tiny model; they are forked by a process that has imported everything, and meet over
-loopback. A kill is a SIGKILL of all ranks, or of one whose loss the others notice, at a random moment: while they start,
+Ranks run the real trainer with the tiny model; they are forked by a process that has imported everything, and meet
+over loopback. A kill is a SIGKILL of all ranks, or of one whose loss the others notice, at a random moment: while they start,
 between two steps, in a step or in a save. `python tests/soak_training.py 200` is the long run of what
 tests/faults/test_training_soak.py does in short.
 """
@@ -62,6 +62,8 @@ class Soak:
         self.checkpoints = self.output / "checkpoints"
         self.lives: list[Life] = []
         self.kills_at_start = self.kills_of_one = self.kills_in_a_save = 0
+        self.repeated = self.repeated_exactly = 0
+        self.differences: list[float] = []
         demo = [*("data_pipelines", "demo", str(self.corpus)), "--train", "350", "--heldout", "8", "--size", "16"]
         subprocess.run([sys.executable, "-m", *demo], check=True, capture_output=True)
         self.config = folder / "run.yaml"
@@ -102,12 +104,9 @@ class Soak:
         size = RANKS[ranks]
         processes = []
         for rank in range(size):
-            environment = {
-                **os.environ,
-                **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                **{"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"},
-            }
+            environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}", "MASTER_PORT": f"{port}"}
             words = ["pretrain", "train", str(self.config), *settings, *overrides]
             with self.log(name, rank).open("wb") as log:
                 processes.append(self.nursery.start(words, environment, log.fileno(), log.fileno()))
@@ -148,6 +147,20 @@ class Soak:
         self.kills_in_a_save += len(leftovers)
         self.kills_at_start += not re.search("^step ", said, re.MULTILINE)
         self.lives.append(Life(layout, start, self.lines(self.output)))
+        self.compare_with_the_life_before()
+
+    def compare_with_the_life_before(self) -> None:
+        """Steps that were taken again are those they were; on the same layout, to the last digit."""
+        if len(self.lives) < 2:
+            return
+        before, now = self.lives[-2:]
+        again = {line["step"]: line for line in now.lines}
+        for line in before.lines[now.start :]:
+            if line["step"] in again:
+                exact = before.layout == now.layout
+                self.differences.append(compare(again[line["step"]], line, exact, f"{before.layout}, {now.layout}"))
+                self.repeated += 1
+                self.repeated_exactly += exact
 
     def kill(self, processes: Sequence[int], main: Path, rng: Random) -> None:
         """All ranks at once, or one and soon the rest, at a random moment."""
@@ -172,7 +185,8 @@ class Soak:
         deadline = time.monotonic() + PATIENCE_S
         while not re.search(pattern, main.read_text(), re.MULTILINE):
             ended = [code for process in processes if (code := self.nursery.poll(process)) is not None]
-            assert not ended and time.monotonic() < deadline, f"{ended}: {main.read_text()}"
+            assert not ended, f"{ended}: {main.read_text()}"
+            assert time.monotonic() < deadline, main.read_text()
             time.sleep(0.01)
 
     def reap(self, processes: Sequence[int]) -> list[int]:
@@ -214,15 +228,17 @@ class Soak:
         return [int(batch["image_ids"].sum()) % 2**53 for batch in batches]
 
 
-def compare(ours: dict[str, Any], other: dict[str, Any], exact: bool) -> float:
+def compare(ours: dict[str, Any], other: dict[str, Any], exact: bool, layouts: str = "") -> float:
     """The relative difference of two lines of one step: of the largest of the losses, or 0 where all must be equal."""
+    where = f"step {ours['step']} ({layouts})"
     assert ours["step"] == other["step"]
-    assert ours["batch_id"] == other["batch_id"], f"step {ours['step']} took other samples"
+    assert ours["batch_id"] == other["batch_id"], f"{where} took other samples"
     if exact:
-        assert ours == other, f"step {ours['step']} differs on the same layout"
+        differing = [name for name in {**ours, **other} if ours.get(name) != other.get(name)]
+        assert not differing, f"{where}: {[(name, ours.get(name), other.get(name)) for name in differing]}"
         return 0.0
     difference = max(abs(ours[name] / other[name] - 1) for name in ours if name.split("/")[0] == "loss")
-    assert difference <= CLOSE, f"step {ours['step']}: losses differ by {difference:.1e}"
+    assert difference <= CLOSE, f"{where}: losses differ by {difference:.1e}"
     return difference
 
 
@@ -246,15 +262,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, object]:
     assert not (run.checkpoints / "quarantine").exists()
     assert [line["step"] for line in final] == list(range(1, last_step + 1))
     assert [line["batch_id"] for line in final] == run.planned_ids(last_step)
-    differences = [compare(ours, other, exact=False) for ours, other in zip(final, expected, strict=True)]
-    repeated = repeated_exactly = 0
-    for life, following in zip(run.lives, run.lives[1:], strict=False):
-        again = {line["step"]: line for line in following.lines}
-        for line in life.lines[following.start :]:
-            if line["step"] in again:
-                exact = life.layout == following.layout
-                differences.append(compare(line, again[line["step"]], exact))
-                repeated, repeated_exactly = repeated + 1, repeated_exactly + exact
+    run.differences += [compare(*lines, exact=False) for lines in zip(final, expected, strict=True)]
     return {
         "kills": kills,
         "of one rank alone": run.kills_of_one,
@@ -263,9 +271,9 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, object]:
         "layouts": len({life.layout for life in run.lives}),
         "ranks": dict(sorted(Counter(RANKS[LAYOUTS[life.layout][0]] for life in run.lives).items())),
         "steps": last_step,
-        "steps taken again": repeated,
-        "of these to the last digit, on the same layout": repeated_exactly,
-        "largest relative difference of a loss": f"{max(differences):.1e}",
+        "steps taken again": run.repeated,
+        "of these to the last digit, on the same layout": run.repeated_exactly,
+        "largest relative difference of a loss": f"{max(run.differences):.1e}",
         "seconds": round(time.monotonic() - begin),
     }
 

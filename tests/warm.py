@@ -1,7 +1,7 @@
 """`python -m MODULE ...` without the seconds of imports: processes forked by one that has imported everything.
 
-A launcher that is started here, and the ranks it starts, are real processes with the parents, sessions, signals and exit
-codes that they would have; only `exec` and what follows it up to the last import are left out.
+A launcher that is started here, and the ranks it starts, are real processes with the parents, sessions, signals and
+exit codes that they would have; only `exec` and what follows it up to the last import are left out.
 """
 
 import atexit

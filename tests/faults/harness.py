@@ -1,4 +1,4 @@
-"""Lives of a run: each is the same command again, and ends in the way of its fault. What holds after each is checked."""
+"""Lives of a run: each is the same command again, and ends in the way of its fault; and what holds after each."""
 
 import contextlib
 import json
@@ -82,7 +82,8 @@ class Life:
         """Returns when the life has said these words."""
         deadline = time.monotonic() + patience_s
         while words not in (self.folder / "out").read_text():
-            assert self.poll() is None and time.monotonic() < deadline, self.said()
+            assert self.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
             time.sleep(0.02)
 
     def seen(self) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Strikes a rank at a named moment, from inside its process; the product knows nothing of it.
 
-A life of a run gets the environment variable FAULTS. Moments are what no rewrite of the product moves: the n-th
-step and where in it, a file that is opened for writing, a rename, a file that goes.
+A life of a run gets the environment variable FAULTS. Moments are what no rewrite of the product moves: the n-th step
+and where in it, a file that is opened for writing, a rename, a file that goes.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Fault:
         rank: whom it strikes.
         at: start, loaded (a checkpoint), evaluate; forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
-        deed: a signal to itself, to all ranks or to the launcher ("SIGKILL", "SIGKILL all", "SIGKILL launcher");
+        deed: a signal to itself, to all ranks, to the launcher or to its newest child ("SIGKILL", "SIGKILL all");
             an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file;
             diverge, into a collective of its own; "file NAME", which appears in the run's folder; "fill", the disk of the checkpoints to its last byte.
         step: counted from where the process began, the first one being 1.
@@ -173,7 +173,7 @@ def _at_fsync(fault: Fault, progress: Progress, strike: Callable[[], None]) -> N
     fsync = os.fsync
 
     def before(descriptor: int) -> None:
-        if progress.names(fault, os.readlink(f"/proc/self/fd/{descriptor}")):
+        if progress.names(fault, str(Path(f"/proc/self/fd/{descriptor}").readlink())):
             strike()
         fsync(descriptor)
 
@@ -198,6 +198,8 @@ def _do(deed: str) -> None:
         number, launcher = signal.Signals[word], os.getppid()
         if whom == "launcher":
             os.kill(launcher, number)
+        elif whom == "child":
+            os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1]), number)
         elif whom == "all":
             children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
             for process in sorted(map(int, children), key=lambda process: process == os.getpid()):

@@ -1,7 +1,7 @@
 """A run that is struck at any moment goes on, by itself or by the same command, as if it had not been.
 
-One run on two ranks lives through all of it. Its launcher is killed twice; then its ranks are struck once in each of many
-lives, which follow one another in place; then the command line itself, with all that a start costs, ends it.
+One run on two ranks lives through all of it. Its launcher is killed twice; then its ranks are struck once in each of
+many lives, which follow one another in place.
 """
 
 import re
