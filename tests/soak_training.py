@@ -1,8 +1,8 @@
 """Kills a training run again and again, goes on with another layout, and compares every step with an undisturbed run's.
 
-Ranks run the real trainer with the tiny model; they are forked by a process that has imported everything, and meet
-over loopback. A kill is a SIGKILL of all ranks, or of one whose loss the others notice, at a random moment: while they start,
-between two steps, in a step or in a save. `python tests/soak_training.py 200` is the long run of what
+Ranks run the real trainer with the tiny model; they are forked by a process that has imported everything, and meet over
+loopback. A kill is a SIGKILL of all ranks, or of one whose loss the others notice, at a random moment: while they
+start, between two steps, in a step or in a save. `python tests/soak_training.py 200` is the long run of what
 tests/faults/test_training_soak.py does in short.
 """
 

@@ -32,9 +32,10 @@ class Fault:
         rank: whom it strikes.
         at: start, loaded (a checkpoint), evaluate; forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
             os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
-        deed: a signal to itself, to all ranks, to the launcher or to its newest child ("SIGKILL", "SIGKILL all");
-            an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a file;
-            diverge, into a collective of its own; "file NAME", which appears in the run's folder; "fill", the disk of the checkpoints to its last byte.
+        deed: a signal to itself, or to all ranks, the launcher or the newest child ("SIGKILL", "SIGKILL all");
+            an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a
+            file; diverge, into a collective of its own; "file NAME", which appears in the run's folder; "fill", the
+            disk of the checkpoints to its last byte.
         step: counted from where the process began, the first one being 1.
         path: a pattern found in the path; of a rename, in its target. `{save}` is the checkpoint after `step`.
         restart: strikes only after so many restarts in place; None for any.
@@ -61,7 +62,7 @@ def install() -> None:
     rank, restart = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if rank == 0:
         with Path(given["seen"]).open("a") as file:
-            file.write(json.dumps(sorted(path.name for path in Path(given["watched"]).glob("*"))) + "\n")
+            file.write(json.dumps(sorted(map(_described, Path(given["watched"]).glob("*")))) + "\n")
     faults = [Fault(**values) for values in given["faults"]]
     mine = [fault for fault in faults if fault.rank == rank and fault.restart in (None, restart)]
     if mine:
@@ -78,6 +79,16 @@ def install() -> None:
             _at_event(fault, progress, strike)
     if mine and "start" in progress.strikes:
         progress.strikes["start"]()
+
+
+def _described(entry: Path) -> str:
+    """The name, and whether a checkpoint lacks a file that it lists."""
+    try:
+        listed = json.loads((entry / "MANIFEST.json").read_text()) if entry.name.startswith("step-") else {}
+        whole = all((entry / name).is_file() for name in listed)
+    except OSError:
+        whole = False
+    return entry.name if whole else f"half of {entry.name}"
 
 
 @dataclass

@@ -121,6 +121,7 @@ def test_a_blow_is_named_and_costs_the_steps_since_the_last_checkpoint(ordeal, n
     assert begin + (blow.fault.step == LATER) * SAVE <= after <= begin + 2 * SAVE
     left_behind = ordeal.life.seen()[number + 1]
     assert sum(name.startswith(".tmp-") for name in left_behind) <= 1
+    assert [name for name in left_behind if name.startswith("half of step-")] == []
     if blow.committed is not None:
         assert (f"step-{begin + SAVE:09d}" in left_behind) == blow.committed
         assert (after == begin + SAVE) == blow.committed
