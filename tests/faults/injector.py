@@ -30,8 +30,8 @@ class Fault:
 
     Attributes:
         rank: whom it strikes.
-        at: start, loaded (a checkpoint), evaluate; forward, backward or update, of `step`; or one of Python's audit events: open (for writing),
-            os.rename, os.remove, os.rmdir, os.mkdir, of a `path`; or fsync of one.
+        at: start, loaded (a checkpoint), evaluate; forward, backward or update, of `step`; or one of Python's audit
+            events: open (for writing), os.rename, os.remove, os.mkdir, of a `path`; or fsync of one.
         deed: a signal to itself, or to all ranks, the launcher or the newest child ("SIGKILL", "SIGKILL all");
             an OSError by name ("EIO"); raise, exit, sleep, nan; "cut" and "cut EFBIG", in the midst of writing a
             file; diverge, into a collective of its own; "file NAME", which appears in the run's folder; "fill", the
