@@ -51,6 +51,7 @@ class Life(NamedTuple):
     layout: str
     start: int  # the step it went on from
     lines: list[dict[str, Any]]  # of metrics.jsonl when it was over
+    writers: list[str]  # the layout that has written each of them
 
 
 class Soak:
@@ -124,6 +125,7 @@ class Soak:
         layout = self.lives[-1].layout if keeps else rng.choice(layouts)
         found = CheckpointStore(self.checkpoints, ALONE).newest_valid(quarantine=False)
         start = int(found.name.removeprefix("step-")) if found else 0
+        file_before = self.metrics_file()
         name, main = f"life-{number}", self.log(f"life-{number}", 0)
         processes = self.start(name, layout)
         try:
@@ -146,7 +148,12 @@ class Soak:
         assert len(leftovers) <= 1, leftovers
         self.kills_in_a_save += len(leftovers)
         self.kills_at_start += not re.search("^step ", said, re.MULTILINE)
-        self.lives.append(Life(layout, start, self.lines(self.output)))
+        lines = self.lines(self.output)
+        # A life that takes a step has first written the file anew, without what lies beyond its start.
+        writers = self.lives[-1].writers if self.lives else []
+        if self.metrics_file() != file_before:
+            writers = [*writers[:start], *[layout] * (len(lines) - start)]
+        self.lives.append(Life(layout, start, lines, writers))
         self.compare_with_the_life_before()
 
     def compare_with_the_life_before(self) -> None:
@@ -154,13 +161,14 @@ class Soak:
         if len(self.lives) < 2:
             return
         before, now = self.lives[-2:]
-        again = {line["step"]: line for line in now.lines}
-        for line in before.lines[now.start :]:
-            if line["step"] in again:
-                exact = before.layout == now.layout
-                self.differences.append(compare(again[line["step"]], line, exact, f"{before.layout}, {now.layout}"))
-                self.repeated += 1
-                self.repeated_exactly += exact
+        if now.writers is before.writers:
+            return
+        for step in range(now.start, min(len(before.lines), len(now.lines))):
+            layouts = now.writers[step], before.writers[step]
+            exact = layouts[0] == layouts[1]
+            self.differences.append(compare(now.lines[step], before.lines[step], exact, ", ".join(layouts)))
+            self.repeated += 1
+            self.repeated_exactly += exact
 
     def kill(self, processes: Sequence[int], main: Path, rng: Random) -> None:
         """All ranks at once, or one and soon the rest, at a random moment."""
@@ -199,6 +207,10 @@ class Soak:
                     codes[process] = code
             time.sleep(0.01)
         return [codes[process] for process in processes]
+
+    def metrics_file(self) -> int | None:
+        path = self.output / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else None
 
     def lines(self, output: Path) -> list[dict[str, Any]]:
         path = output / "metrics.jsonl"
