@@ -1,5 +1,7 @@
 """What goes wrong on one rank alone is taken by all of them together: not-a-numbers, and a data worker that dies."""
 
+import pytest
+
 from faults.harness import assert_intact, resumed_at
 from faults.injector import Fault
 
@@ -21,6 +23,7 @@ def test_not_a_number_on_one_rank_costs_that_step_on_all_and_a_resume_repeats_it
     assert [repr(step) for step in killed.steps()] == steps
 
 
+@pytest.mark.long
 def test_a_killed_data_worker_ends_the_run_with_a_sentence_and_the_same_command_goes_on(make_run, undisturbed):
     run = make_run(data={"workers": 2})
     ended = run.live(faults=[Fault(1, "forward", "SIGKILL child", step=9)])

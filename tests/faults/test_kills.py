@@ -125,3 +125,14 @@ def test_a_blow_is_named_and_costs_the_steps_since_the_last_checkpoint(ordeal, n
     if blow.committed is not None:
         assert (f"step-{begin + SAVE:09d}" in left_behind) == blow.committed
         assert (after == begin + SAVE) == blow.committed
+
+
+@pytest.mark.long
+def test_twenty_restarts_in_a_row_come_up(make_run, undisturbed):
+    run = make_run(checkpoint={"every": 1})
+    faults = [Fault(number % 2, "backward", "SIGKILL", step=3, restart=number) for number in range(20)]
+    ended = run.live(faults=faults)
+    assert ended.code == 0, ended.err
+    assert len(re.findall("; restart [0-9]+ of at most", ended.err)) == 20
+    assert run.steps() == undisturbed
+    assert_intact(run, undisturbed)
