@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -27,7 +28,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAda
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # DeepSpeed imports the Muon optimizer at every start, and compiling that one imports torch's compiler: two seconds.
-deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
+compiler.compile = lambda: compiler.dummy_decorator
 
 
 class ZeroEngine:

@@ -21,7 +21,7 @@ from pretrain.errors import CheckpointError
 from pretrain.parallel.mesh import ALONE
 from warm import TESTS, Nursery
 
-PATIENCE_S = 150.0  # for a life on a machine that others use as well
+PATIENCE_S = 400.0  # for a life of many restarts, on a machine that others use as well
 NOT_REPEATED = ("time/", "memory/", "checkpoint/")  # metrics that no two runs share
 
 

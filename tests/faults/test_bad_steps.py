@@ -5,6 +5,8 @@ import pytest
 from faults.harness import assert_intact, resumed_at
 from faults.injector import Fault
 
+pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
+
 
 def test_not_a_number_on_one_rank_costs_that_step_on_all_and_a_resume_repeats_it(make_run, undisturbed):
     poison = Fault(1, "forward", "nan", step=3)

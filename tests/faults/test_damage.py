@@ -16,6 +16,8 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.errors import CheckpointError
 from pretrain.parallel.mesh import ALONE
 
+pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
+
 KEPT = "checkpoint.keep=20"
 FLIPS = 1000
 LARGE = "node-00000.safetensors"

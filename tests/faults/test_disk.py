@@ -6,6 +6,8 @@ from faults.conftest import EVERY, STEPS
 from faults.harness import assert_intact, mount, resumed_at, small_disk
 from faults.injector import FILLER, Fault
 
+pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
+
 FILE = r"\.tmp-{save}-\w+/"
 # Saves that fail once, with one that succeeds in between: what is struck, and what is said of it.
 ERRORS = {

@@ -12,7 +12,7 @@ import pytest
 from faults.harness import assert_intact
 from faults.injector import Fault
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 LIMIT_S = 3.0
 LATE = 8  # a step by which every phase has been seen thrice, so that its limit is that of a run on its way

@@ -13,6 +13,8 @@ import pytest
 from faults.harness import Ended, Life, Run, assert_intact
 from faults.injector import Fault
 
+pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
+
 
 class Blow(NamedTuple):
     """A fault, what the launcher says of it, and whether the save it strikes is a checkpoint, where it strikes one."""

@@ -12,6 +12,8 @@ from faults.conftest import STEPS
 from faults.harness import Ended, Run, assert_intact, resumed_at
 from faults.injector import Fault
 
+pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
+
 
 class Order(NamedTuple):
     """Faults that tell a run to stop, its exit code, and what it says."""
