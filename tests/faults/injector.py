@@ -170,12 +170,12 @@ def _at_step(fault: Fault, progress: Progress, strike: Callable[[], None]) -> No
     register_optimizer_step_pre_hook(before_update)
 
 
-def _at_event(fault: Fault, progress: Progress, strike: Callable[[], None]) -> None:
+def _at_event(fault: Fault, progress: Progress, strike: Callable[..., None]) -> None:
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
         if event == fault.at and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             path = arguments[1 if event == "os.rename" else 0]
             if isinstance(path, (str, os.PathLike)) and progress.names(fault, os.fspath(path)):
-                strike()
+                strike(os.fspath(path))
 
     sys.addaudithook(hear)
 
@@ -191,18 +191,18 @@ def _at_fsync(fault: Fault, progress: Progress, strike: Callable[[], None]) -> N
     os.fsync = before
 
 
-def _once(fault: Fault) -> Callable[[], None]:
+def _once(fault: Fault) -> Callable[..., None]:
     struck: list[bool] = []
 
-    def strike() -> None:
+    def strike(path: str | None = None) -> None:
         if not struck:
             struck.append(True)
-            _do(fault.deed)
+            _do(fault.deed, path)
 
     return strike
 
 
-def _do(deed: str) -> None:
+def _do(deed: str, path: str | None) -> None:
     word, _, whom = deed.partition(" ")
     print(f"injected: {deed}", file=sys.stderr, flush=True)
     if word.startswith("SIG"):
@@ -223,7 +223,7 @@ def _do(deed: str) -> None:
         if not whom:
             ctypes.CDLL(None).signal(signal.SIGXFSZ, 0)
     elif word in errno.errorcode.values():
-        raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)))
+        raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)), path)
     elif word == "file":
         (Path(json.loads(os.environ[VARIABLE])["watched"]).parent / whom).touch()
     elif word == "fill":
