@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,11 +157,3 @@ def _fork_python(self: Any, args: Any, *rest: Any) -> None:
         os.setsid()
     places = {target: source for target, source in ((1, out), (2, err)) if source != -1}
     _become(args, environment if environment is not None else dict(os.environ), places)
-
-
-def wait(nursery: Nursery, process: int, patience_s: float) -> int | None:
-    """Its exit code; None if it outlived the patience."""
-    deadline = time.monotonic() + patience_s
-    while (code := nursery.poll(process)) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return code

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ class Ended:
     code: int
     out: str
     err: str
-    seconds: float
 
 
 @dataclass
@@ -43,7 +42,6 @@ class Life:
     folder: Path
     _nursery: Nursery | None
     _popen: "subprocess.Popen[bytes] | None"
-    _begin: float = field(default_factory=time.monotonic)
 
     def poll(self) -> int | None:
         return self._popen.poll() if self._popen else self._nursery.poll(self.process)  # pyright: ignore
@@ -57,12 +55,11 @@ class Life:
         deadline = time.monotonic() + patience_s
         while (code := self.poll()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        seconds = time.monotonic() - self._begin
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
         if code is None:
             self.kill()
             raise AssertionError(f"did not end in {patience_s} s:\n{out}\n{err}")
-        return Ended(code, out, err, seconds)
+        return Ended(code, out, err)
 
     def kill(self) -> None:
         for process in self.processes():
@@ -78,20 +75,9 @@ class Life:
                     alive.append(int(process.name))
         return alive
 
-    def wait_for(self, words: str, patience_s: float = PATIENCE_S) -> None:
-        """Returns when the life has said these words."""
-        deadline = time.monotonic() + patience_s
-        while words not in (self.folder / "out").read_text():
-            assert self.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.02)
-
     def seen(self) -> list[list[str]]:
         """The names in the checkpoints' folder at the start of each set of ranks."""
         return [json.loads(line) for line in (self.folder / "seen").read_text().splitlines()]
-
-    def said(self) -> str:
-        return "".join((self.folder / name).read_text() for name in ("out", "err"))
 
 
 class Run:
@@ -108,12 +94,9 @@ class Run:
 
     def start(self, *overrides: str, ranks: int = 2, faults: Sequence[Fault] = (), cold: bool = False) -> Life:
         """`python -m launch local`."""
-        return self.start_module("launch", "local", self.config, *overrides, "--nproc", ranks, faults=faults, cold=cold)
-
-    def start_module(self, *arguments: object, faults: Sequence[Fault] = (), cold: bool = False) -> Life:
         folder = self.folder / f"life-{len(self.lives)}"
         folder.mkdir()
-        words = [str(argument) for argument in arguments]
+        words = ["launch", "local", str(self.config), *overrides, "--nproc", str(ranks)]
         traps = as_variable(faults, self.checkpoints, folder / "seen")
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", VARIABLE: traps}
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
