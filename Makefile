@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint docs fuzz soak bench-data bench-scaling bench-checkpoint format clean
+.PHONY: help install demo test lint docs fuzz faults soak bench-data bench-scaling bench-checkpoint format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -24,7 +24,7 @@ demo: .venv/.installed ## Train a small model on made-up data, on the CPU if nee
 test: lint ## Lint, check types and run all tests
 	@echo "== Tests"
 	@$(RUN) pytest tests/unit -n 2 --dist loadfile
-	@$(RUN) pytest tests/e2e tests/distributed
+	@$(RUN) pytest tests/e2e tests/distributed tests/faults -m 'not long'
 
 lint: .venv/.installed ## Lint, check the format and the types
 	@echo "== Lint and format"
@@ -39,8 +39,12 @@ docs: .venv/.installed ## Write docs/settings.md from the config's models
 fuzz: .venv/.installed ## Spoil shards, tables, folders and configs in MUTANTS=100000 ways drawn by SEED=1, and check what is read
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
 
-soak: .venv/.installed ## Kill a toy run KILLS=200 times at moments drawn by SEED=1, and check what it consumed
+faults: .venv/.installed ## Strike runs at every moment of a step, a save, a start and an end, and check that they go on
+	@$(RUN) pytest tests/faults
+
+soak: .venv/.installed ## Kill toy runs KILLS=200 times at moments drawn by SEED=1, and check what they consumed and computed
 	@OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak.py $(or $(KILLS),200) $(or $(SEED),1)
+	@PYTHONPATH=tests:. OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak_training.py $(or $(KILLS),200) $(or $(SEED),1)
 
 bench-data: .venv/.installed ## Measure the data pipelines on one core, in about ten minutes
 	@$(RUN) benchmarks.data

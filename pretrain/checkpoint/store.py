@@ -242,6 +242,8 @@ class CheckpointStore:
         temporary = self.folder / temporary_name(step)
         try:
             temporary.mkdir(parents=True)
+            if shutil.disk_usage(temporary).free < 1.05 * total:  # as where checkpoint.keep was lowered to make space
+                self._remove_superfluous(step)
             free = shutil.disk_usage(temporary).free
         except OSError as error:
             return temporary, in_words(error)

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -28,6 +29,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of BoundedAda
 # On a CPU, DeepSpeed compiles a shared-memory collective at first use. A process killed while it compiles leaves a
 # lock behind, and every later run waits for it for ever. gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed imports the Muon optimizer at every start, and compiling that one imports torch's compiler: two seconds.
+compiler.compile = lambda: compiler.dummy_decorator
 
 
 class ZeroEngine:

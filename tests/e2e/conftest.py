@@ -14,15 +14,6 @@ import pytest
 import yaml
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """850 training and 64 held-out scenes in shards of their own, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("corpus") / "demo"
-    command = ["-m", "data_pipelines", "demo", str(folder), "--train", "850", "--heldout", "64", "--size", "32"]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    return folder
-
-
 def tiny_run(corpus: Path, output: Path) -> dict[str, Any]:
     """A config that takes its corpus twice and a little more."""
     return {
