@@ -49,7 +49,7 @@ def read_request(path: Path, words: Sequence[str]) -> Request:
     Raises:
         UserError: a config cannot be used, or several runs would share a folder.
     """
-    array = load_config(path, words).slurm.array
+    array = load_config(path, _of_task(words, "0")).slurm.array
     tasks = _tasks(array)
     configs = [load_config(path, _of_task(words, task)) for task in tasks]
     if len({config.output for config in configs}) < len(configs):

@@ -122,8 +122,8 @@ def start_mesh(engine: EngineConfig) -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", own_gpu(local_rank, torch.cuda.device_count())), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
     if is_launched():
@@ -137,6 +137,22 @@ def start_mesh(engine: EngineConfig) -> Mesh:
     size = dist.get_world_size()
     world = Axis(dist.get_rank(), size, dist.group.WORLD if size > 1 else None)
     return make_mesh(world, device, engine)
+
+
+def own_gpu(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        ConfigError: there are fewer than processes.
+    """
+    if visible == 1:  # a scheduler may show each task its own GPU alone
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"Process {local_rank} of this machine has no GPU of its own, since {visible} are visible: start as many "
+            f"processes per node as there are GPUs, or show each process its own by CUDA_VISIBLE_DEVICES."
+        )
+    return local_rank
 
 
 def is_launched() -> bool:

@@ -173,7 +173,7 @@ def test_a_task_per_rank_trains_as_torchrun_does(slurm, run, tmp_path):
         (["--gpus-per-node", "0", "--constraint", "a100"], "Invalid feature specification"),
         (["--array", "0-3"], "starts 4 runs in one folder"),
         (["--array", "x"], "slurm.array"),
-        (["--gpus-per-node", "8", "model.size=huge"], "Not submitted. "),
+        (["--gpus-per-node", "8", "engine.data_parallel=3"], "Not submitted. "),
         (["model.widht=3"], "unknown key model.widht"),
     ],
 )
