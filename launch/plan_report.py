@@ -15,6 +15,7 @@ from launch.hardware import (
     OVERLAP,
     RESERVED_GIB,
     TIME_ERROR,
+    find_gpu,
 )
 from launch.plan import GIB, Cluster, Costs, Plan, best_layouts, count_pieces, make_plan, objection
 from pretrain.config import Config, load_config
@@ -41,8 +42,19 @@ def run_plan(
         raise UserError("There is nothing to plan: give a CONFIG, or --compare RUN.")
     config = load_config(path or _of_run(run, "config.yaml"), overrides)
     pieces, counted_from = count_pieces(config.data.tokenizer, vocabulary)
-    reason = objection(config, cluster)
     costs = Costs(config, pieces)
+    plan, reason, best = judge(config, cluster, costs)
+    compared = compare(plan, run) if plan and run else {}
+    if as_json:
+        print(to_json(summary(config, cluster, costs, plan, reason, best, compared), indent=2))
+    else:
+        print("\n".join(report(config, cluster, costs, counted_from, plan, reason, best, compared)))
+    return 4 if reason else 0
+
+
+def judge(config: Config, cluster: Cluster, costs: Costs) -> tuple[Plan | None, str | None, Sequence[Plan]]:
+    """The plan, if the run is possible; why it cannot work, or None; and the best layouts for this cluster."""
+    reason = objection(config, cluster)
     plan = None if reason else make_plan(config, cluster, costs)
     best = best_layouts(config, cluster, costs)
     if plan and not plan.fits:
@@ -52,12 +64,20 @@ def run_plan(
             f"A rank holds {plan.memory_gib:.1f} GiB at its fullest, and a GPU of {cluster.gpu.memory_gib:g} GiB has "
             f"room for {room:g}: {fix}, or a smaller model or batch."
         )
-    compared = compare(plan, run) if plan and run else {}
-    if as_json:
-        print(to_json(summary(config, cluster, costs, plan, reason, best, compared), indent=2))
-    else:
-        print("\n".join(report(config, cluster, costs, counted_from, plan, reason, best, compared)))
-    return 4 if reason else 0
+    return plan, reason, best
+
+
+def refuse_what_does_not_fit(config: Config) -> None:
+    """Plans the run on the cluster that its section `slurm` asks for.
+
+    Raises:
+        UserError: it cannot work, or does not fit; with the best layouts, if there are any.
+    """
+    slurm = config.slurm
+    cluster = Cluster(slurm.nodes, slurm.gpus_per_node, find_gpu(slurm.gpu))
+    plan, reason, best = judge(config, cluster, Costs(config, count_pieces(config.data.tokenizer, None)[0]))
+    if reason:
+        raise UserError("\n".join([f"Not submitted. {reason}", *(layout_lines(best, plan, config) if best else [])]))
 
 
 def _of_run(run: Path | None, name: str) -> Path:
@@ -122,7 +142,7 @@ def report(
     if compared:
         lines += ["", *_table(["against the run", "predicted", "measured", "ratio"], _compared_rows(compared))]
     if best:
-        lines += ["", *_best_lines(best, plan, config)]
+        lines += ["", *layout_lines(best, plan, config)]
     return [*lines, "", *_assumption_lines()]
 
 
@@ -199,7 +219,7 @@ def _compared_rows(compared: dict[str, tuple[float, float]]) -> list[list[str]]:
     ]
 
 
-def _best_lines(best: Sequence[Plan], asked: Plan | None, config: Config) -> list[str]:
+def layout_lines(best: Sequence[Plan], asked: Plan | None, config: Config) -> list[str]:
     """The best layouts, the one asked for among or below them, and how to ask for the others."""
     listed = [*best, *([asked] if asked and not any(map(asked.is_laid_out_as, best)) else [])]
     rows, pasted = [], []

@@ -17,7 +17,7 @@ from pretrain.config_text.problems import sentences
 from pretrain.config_text.tree import Tree, lay_over, read_tree
 from pretrain.errors import ConfigError
 from pretrain.model_config import ARCHITECTURES, ModelConfig
-from pretrain.run_config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from pretrain.run_config import CheckpointConfig, OptimizerConfig, SlurmConfig, TrainingConfig
 
 
 class ContrastiveConfig(Section):
@@ -154,6 +154,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="before")
     @classmethod

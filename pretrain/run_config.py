@@ -1,5 +1,6 @@
-"""The config's sections on how a run goes: its optimizer, its length, its checkpoints."""
+"""The config's sections on how a run goes: its optimizer, its length, its checkpoints, its place on a cluster."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -102,3 +103,41 @@ class CheckpointConfig(Section):
                 f"password and query, since credentials come from the environment"
             )
         return url
+
+
+class SlurmConfig(Section):
+    """What `python -m launch slurm` asks a cluster for; its options are these keys. null: the cluster decides."""
+
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=8, ge=0)
+    gpu: str = "h100"
+    """The GPUs' kind, for the plan that is made before a job is submitted; see `python -m launch plan --help`."""
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """null: one per GPU."""
+    ranks_by: Literal["torchrun", "srun"] = "torchrun"
+    """torchrun: one task per node. srun: one task per GPU, each of which sees its own GPU alone."""
+    cpus_per_node: int | None = Field(default=None, ge=1)
+    """Cores, shared by the ranks and their decoding workers; null: eight per GPU."""
+    time: str = Field(default="24:00:00", pattern=r"^\d+(-\d+)?(:\d+){0,2}$")
+    """Time limit, as Slurm writes it: minutes, h:mm:ss or days-hours."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    array: str | None = Field(default=None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?$")
+    """Several runs as one job, such as 0-3: in `output` and in settings on the command line, %a is the run's number."""
+    modules: tuple[str, ...] = ()
+    """For `module load`."""
+    environment: Path | None = None
+    """Folder of a venv or conda environment; or a tar of one, which is copied to each node's own disk."""
+    container: str | None = None
+    """image.sqsh, or whatever else enroot reads, for Pyxis; image.sif for Apptainer."""
+    mounts: tuple[Path, ...] = ()
+    """Folders that a container sees besides the current one."""
+    warning_s: int = Field(default=300, ge=10)
+    """Seconds before the time limit at which the ranks save and stop."""
+    max_requeues: int = Field(default=10, ge=0)
+    """How often a job that was stopped by its time limit or by another job goes back into the queue."""
+    chain: int = Field(default=1, ge=1)
+    """Jobs that go on one after the other, where a cluster requeues none."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-COMMANDS = ("local", "plan")
+COMMANDS = ("local", "slurm", "status", "logs", "cancel", "resume", "plan")
 
 
 def positive(text: str) -> int:

@@ -149,8 +149,8 @@ def start_mesh(engine: EngineConfig) -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", own_gpu(local_rank, torch.cuda.device_count())), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
     if is_launched():
@@ -182,6 +182,22 @@ def _init_process_group(backend: str) -> None:
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def own_gpu(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        ConfigError: there are fewer than processes.
+    """
+    if visible == 1:  # a scheduler may show each task its own GPU alone
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"Process {local_rank} of this machine has no GPU of its own, since {visible} are visible: start as many "
+            f"processes per node as there are GPUs, or show each process its own by CUDA_VISIBLE_DEVICES."
+        )
+    return local_rank
 
 
 def is_launched() -> bool:

@@ -51,7 +51,14 @@ SQUEUE = """
 @pytest.fixture
 def job(tmp_path):
     """Runs the script in a folder of its own; returns its exit code, its errors and what was called."""
-    commands = {"srun": SRUN, "apptainer": APPTAINER, "python": PYTHON, "scontrol": SCONTROL, "squeue": SQUEUE}
+    commands = {
+        "srun": SRUN,
+        "apptainer": APPTAINER,
+        "python": PYTHON,
+        "scontrol": SCONTROL,
+        "squeue": SQUEUE,
+        "sleep": "",
+    }
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}")
@@ -97,14 +104,15 @@ def test_a_job_ends_with_the_code_that_a_rank_left(job, code):
 
 
 @pytest.mark.parametrize(
-    ("code", "ends_in", "requeue", "again"),
-    [(85, 300, "1", True), (85, 300, "0", False), (85, 7200, "1", False), (5, 300, "1", False), (0, 300, "1", False)],
+    ("code", "ends_in", "most", "again"),
+    [(85, 300, "9", True), (85, 300, "3", False), (85, 7200, "9", False), (5, 300, "9", False), (0, 300, "9", False)],
 )
-def test_a_job_that_is_out_of_time_is_queued_again_where_that_is_asked_for(job, code, ends_in, requeue, again):
-    done = job("x.yaml", code=code, REQUEUE=requeue, ENDS_IN=str(ends_in))
+def test_a_job_that_is_out_of_time_is_queued_again_as_often_as_that_may_be(job, code, ends_in, most, again):
+    done = job("x.yaml", code=code, MAX_REQUEUES=most, SLURM_RESTART_COUNT="3", ENDS_IN=str(ends_in))
     assert done.code == code
     assert ("scontrol requeue 7" in done.calls) == again
-    assert ("job 7 is queued again, and goes on from there" in done.out) == again
+    assert ("It is requeued, and goes on from what was saved." in done.out) == again
+    assert ("It was requeued 3 times, and MAX_REQUEUES is 3: submit it again to go on." in done.out) == (most == "3")
     said = next(int(call.split()[-1]) for call in done.calls if call.startswith("the time ends at "))
     assert said == pytest.approx(time.time() + ends_in, abs=60)
 
