@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import cannot_write
+from data_pipelines.text import to_json
 from pretrain.errors import FencedError, StorageError
 from pretrain.screen import say
 
@@ -90,7 +91,7 @@ class Lease:
         with suppress(OSError):
             path = _path(self.folder, self.number)
             ended = path.with_suffix(".tmp")
-            ended.write_text(json.dumps(json.loads(self._text) | {"ended": _now()}), encoding="utf-8")
+            ended.write_text(to_json(json.loads(self._text) | {"ended": _now()}), encoding="utf-8")
             ended.replace(path)
 
     def _renew(self) -> str | None:
@@ -126,7 +127,7 @@ def take(folder: Path) -> Lease:
         StorageError: another job uses it.
         DataError: it cannot be made or written to.
     """
-    text = json.dumps(_this_job())
+    text = to_json(_this_job())
     try:
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         while True:

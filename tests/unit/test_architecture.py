@@ -57,7 +57,7 @@ ALLOWED = {  # part -> what it may import of ours besides itself; a part stands 
         *("pretrain.figures", "pretrain.stopping", "data_pipelines"),
     ),
     "pretrain.banner": ("pretrain.parallel.mesh", "pretrain.config", "data_pipelines"),
-    "pretrain.lease": ("pretrain.screen", "pretrain.errors", "data_pipelines.errors"),
+    "pretrain.lease": ("pretrain.screen", "pretrain.errors", "data_pipelines.errors", "data_pipelines.text"),
     "pretrain.metrics": (
         "pretrain.config",
         "pretrain.lease",

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,7 +347,8 @@ def test_a_large_file_goes_up_in_parts_of_which_one_is_sent_again(tmp_path, serv
 def test_a_run_that_was_told_to_stop_waits_a_while_for_its_copy(
     already_saved, store, server, client, monkeypatch, capsys
 ):
-    saving = Saving(CheckpointConfig(mirror=URL), store)
+    journal: Any = SimpleNamespace(flush=lambda: None, checkpoint=lambda values: None, say=print)
+    saving = Saving(CheckpointConfig(mirror=URL), store, journal, on_saved=lambda step, took_s: None)
     if already_saved:
         save(store, 5)
         saving.note_newest(5)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,20 @@ def test_a_start_does_what_the_table_says(tmp_path, mode, content, expected):
     if content == "invalid":
         (store.folder / "step-000000005" / "COMMIT").unlink()
     restored: list[Path] = []
+    config = tiny_config(checkpoint__resume=mode)
+
+    def restore(checkpoint: Path) -> dict[str, Any]:
+        restored.append(checkpoint)
+        return {"layout": {}, "config": config.model_dump(mode="json")}
+
     trainer = SimpleNamespace(
-        config=tiny_config(checkpoint__resume=mode), store=store, _restore=restored.append, origin=None
+        config=config,
+        store=store,
+        saving=SimpleNamespace(fetch=lambda: None),
+        journal=SimpleNamespace(say=print),
+        step=5,
+        origin=None,
+        _restore=restore,
     )
     if expected.startswith("an error"):
         with pytest.raises(CheckpointError) as error:

@@ -2,6 +2,8 @@
 
 import os
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,12 @@ def steps(store):
     return sorted(int(path.name.removeprefix("step-")) for path in store.folder.glob("step-*"))
 
 
-def saving(folder, **config):
-    return Saving(CheckpointConfig(**config), CheckpointStore(folder, ALONE, Keep(2)))
+def saving(folder, said=None, **config):
+    """Behind a journal that prints what it is told, and puts a save's metrics into `said`."""
+    note = [] if said is None else said
+    journal: Any = SimpleNamespace(flush=lambda: None, checkpoint=note.append, say=print)
+    store = CheckpointStore(folder, ALONE, Keep(2))
+    return Saving(CheckpointConfig(**config), store, journal, on_saved=lambda step, took_s: None)
 
 
 @pytest.fixture
@@ -53,8 +59,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_is_n
 
 def test_the_next_save_waits_for_the_one_in_flight_and_the_wait_is_measured(tmp_path, slow_disk):
     said = []
-    behind = saving(tmp_path)
-    behind.metrics = type("", (), {"flush": lambda _: None, "checkpoint": lambda _, values: said.append(values)})()
+    behind = saving(tmp_path, said)
     behind.save(1, state(1), {}, must=False)
     threading.Timer(0.3, slow_disk.set).start()
     behind.save(2, state(2), {}, must=True)
