@@ -88,7 +88,10 @@ def obedience(make_run):
     return Obedience(make_run())
 
 
-@pytest.mark.parametrize("name", ORDERS)
+# A launcher that is told while it still starts its ranks may wait for them until torchrun's patience ends.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "listens" in name else ()) for name in ORDERS]
+)
 def test_it_saves_and_leaves_with_its_exit_code(obedience, undisturbed, name):
     order, (ended, before, after) = ORDERS[name], obedience.tell(name)
     assert "injected" in ended.err
