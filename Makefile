@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := .venv/bin/python -m
 
-.PHONY: help install demo test lint docs fuzz faults soak bench-data bench-scaling bench-checkpoint format clean
+.PHONY: help install demo test lint docs fuzz faults soak bench-data bench-scaling bench-checkpoint test-slurm format clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ test: lint ## Lint, check types and run all tests
 	@echo "== Tests"
 	@$(RUN) pytest tests/unit -n 2 --dist loadfile
 	@$(RUN) pytest tests/e2e tests/distributed tests/faults -m 'not long'
+
+test-slurm: .venv/.installed ## Run jobs on a cluster of Slurm's own daemons on this machine, which needs root and Debian's packages
+	@$(RUN) pytest tests/slurm
 
 lint: .venv/.installed ## Lint, check the format and the types
 	@echo "== Lint and format"

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 
 from launch.endings import FINAL, HUNG, STOPPED, describe, read_exit_code, root_cause
 from launch.watch import Watch
@@ -38,6 +38,21 @@ _OTHERS_DUMP_S = 2.0  # in which the other nodes have heard of a hang, and kept 
 
 class Agent(LocalElasticAgent):
     """Reads EXIT_CODE_FILE and the heartbeats' FOLDER from the environment, where `launch.torchrun` has put them."""
+
+    _starting = False
+    _held: SignalException | None = None
+
+    @classmethod
+    def tell_to_stop(cls) -> None:
+        """Raises what ends torch's agent, whose ranks get SIGTERM, the one signal that they have to handle.
+
+        It waits while ranks are being started: until all of them have, torch has none on its list, and would leave
+        them behind.
+        """
+        asked = SignalException("asked to stop", sigval=signal.SIGTERM)
+        if not cls._starting:
+            raise asked
+        cls._held = asked
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,7 +77,14 @@ class Agent(LocalElasticAgent):
         for path in (self._exit_code_file, Path(f"{self._exit_code_file}.said")):  # of the attempt before
             path.unlink(missing_ok=True)
         self._watch, self._ended = Watch(self._heartbeats), False
-        return super()._start_workers(worker_group)
+        Agent._starting = True
+        try:
+            started = super()._start_workers(worker_group)
+        finally:
+            Agent._starting = False
+        if Agent._held:
+            raise Agent._held
+        return started
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown(signal.SIGTERM, timeout=self._shutdown_timeout)

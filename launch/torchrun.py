@@ -132,8 +132,7 @@ def stop_once() -> None:
             f"launch: {signal.Signals(number).name}: the ranks save and stop (Ctrl-C again kills them)",
             file=sys.stderr,
         )
-        # The ranks get SIGTERM whatever came: the one signal that they have to handle.
-        raise SignalException("asked to stop", sigval=signal.SIGTERM)
+        Agent.tell_to_stop()
 
     for each in signals:
         signal.signal(each, stop)
