@@ -21,7 +21,7 @@ class Gpu:
 
 
 # Source: NVIDIA's data sheets of the SXM modules, without sparsity; the network is that of DGX and HGX systems, one
-# 400 Gb/s adapter a GPU (A100: 200 Gb/s). Memory is what the driver leaves of 80 and 141 GB.
+# 400 Gb/s adapter per GPU (A100: 200 Gb/s). Memory is what the driver leaves of 80 and 141 GB.
 GPUS = {
     gpu.name: gpu
     for gpu in (

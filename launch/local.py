@@ -45,7 +45,7 @@ def run_local(
 
 
 def default_processes(gpus: int, cores: int) -> int:
-    """One process a GPU; without any, two if there are cores for them, so that a laptop run is distributed."""
+    """One process per GPU; without any, two if there are cores for them, so that a laptop run is distributed."""
     return gpus or min(2, cores)
 
 

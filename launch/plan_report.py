@@ -233,7 +233,7 @@ def layout_lines(best: Sequence[Plan], asked: Plan | None, config: Config) -> li
         if not is_asked:
             words = [word for word in _overrides(plan, config) if not asked or word not in _overrides(asked, config)]
             pasted.append(f"{number}: {' '.join(words)}")
-    head = ["", "data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s a step", "MFU", "GiB", ""]
+    head = ["", "data", "tensor", "pipeline", "ZeRO", "checkpointing", "accumulation", "s per step", "MFU", "GiB", ""]
     lines = ["best layouts of the same optimisation", *_table(head, rows)]
     return [*lines, "", "overrides that ask for them", *pasted] if pasted else lines
 
