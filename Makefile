@@ -24,7 +24,7 @@ demo: .venv/.installed ## Train a small model on made-up data, on the CPU if nee
 test: lint ## Lint, check types and run all tests
 	@echo "== Tests"
 	@$(RUN) pytest tests/unit -n 2 --dist loadfile
-	@$(RUN) pytest tests/e2e tests/distributed tests/faults -m 'not long'
+	@$(RUN) pytest tests/e2e tests/distributed tests/faults -m 'not long' -n 2 --dist loadfile
 
 test-slurm: .venv/.installed ## Run jobs on a cluster of Slurm's own daemons on this machine, which needs root and Debian's packages
 	@$(RUN) pytest tests/slurm
