@@ -294,7 +294,8 @@ class CheckpointStore:
         except OSError as error:
             return in_words(error)
         with contextlib.suppress(OSError):  # it is there already; the hint may be old
-            manifest.write_durably(self.folder / LATEST, final.name.encode())
+            if self.still_owner() is None:  # a rename may take as long as a job is frozen
+                manifest.write_durably(self.folder / LATEST, final.name.encode())
         self._removing = threading.Thread(target=self._remove_superfluous, args=(flight.step,), name="retention")
         self._removing.start()
         return None
