@@ -42,8 +42,9 @@ docs: .venv/.installed ## Write docs/settings.md from the config's models
 fuzz: .venv/.installed ## Spoil shards, tables, folders and configs in MUTANTS=100000 ways drawn by SEED=1, and check what is read
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(RUN) fuzz.campaign $(or $(MUTANTS),100000) $(or $(SEED),1)
 
-faults: .venv/.installed ## Strike runs at every moment of a step, a save, a start and an end, and check that they go on
+faults: .venv/.installed ## Strike runs at every moment of a step, a save, a start and an end: also the long tests
 	@$(RUN) pytest tests/faults
+	@$(RUN) pytest tests/e2e -m long
 
 soak: .venv/.installed ## Kill toy runs KILLS=200 times at moments drawn by SEED=1, and check what they consumed and computed
 	@OMP_NUM_THREADS=1 nice .venv/bin/python tests/soak.py $(or $(KILLS),200) $(or $(SEED),1)

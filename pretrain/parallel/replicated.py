@@ -43,8 +43,8 @@ class ReplicatedEngine:
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
         shapes = {name: part.shape for name, part in self.parts.items()}
         self.optimizer = build_optimizer(self.masters.items(), shapes, config.optimizer, config.objectives.contrastive)
-        # One buffer behind all gradients: one collective per step instead of one per parameter. The ranks of a tp axis hold
-        # the same of what lies first.
+        # One buffer behind all gradients: one collective per step instead of one per parameter. The ranks of a tp axis
+        # hold the same of what lies first.
         weights = dict(model.named_parameters())
         names = sorted(self.masters, key=lambda name: self.parts[name].is_cut)
         sizes = [self.masters[name].numel() for name in names]

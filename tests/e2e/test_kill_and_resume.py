@@ -62,10 +62,10 @@ def test_the_same_ranks_repeat_every_digit(never_killed, killed, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (1, []),
-        (4, ["engine.tensor_parallel=2"]),
+        pytest.param(1, [], marks=pytest.mark.long),
+        pytest.param(4, ["engine.tensor_parallel=2"], marks=pytest.mark.long),
         (2, ["engine.pipeline_parallel=2", "engine.zero_stage=1"]),
-        (4, ["engine.pipeline_parallel=2", "engine.zero_stage=0", "engine.data_parallel=2"]),
+        pytest.param(4, ["engine.pipeline_parallel=2", "engine.zero_stage=0"], marks=pytest.mark.long),
     ],
 )
 def test_other_layouts_take_the_same_batches_to_the_same_losses(never_killed, killed, tmp_path, ranks, layout):

@@ -9,6 +9,7 @@ from e2e.conftest import metrics, run, start, wait_for_step
 from object_store import object_store
 
 
+@pytest.mark.long
 def test_a_run_whose_disk_is_lost_goes_on_from_the_store_on_another_layout(config):
     command = (
         "launch",

@@ -27,7 +27,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("launcher", ["launch.torchrun", "torch.distributed.run"])
+@pytest.mark.parametrize("launcher", ["launch.torchrun", pytest.param("torch.distributed.run", marks=pytest.mark.long)])
 def test_restarts_in_place_come_up_every_time(tmp_path, config, launcher):
     """Of plain torchrun's, whose store keeps the keys of ranks that are gone, 3 of 12 did."""
     (tmp_path / "failing.py").write_text(FAILING)
@@ -37,6 +37,7 @@ def test_restarts_in_place_come_up_every_time(tmp_path, config, launcher):
     assert done.out.count("met") == 2 * (restarts + 1), done.err
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_machine_that_is_left_and_with_another_that_joins(config, monkeypatch):
     """At the same global batch, in as many micro-steps as keep a rank's samples at what they were."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -10,6 +10,7 @@ from faults.injector import Fault
 pytestmark = pytest.mark.timeout(600)  # many lives, on a machine that others use as well
 
 
+@pytest.mark.long
 def test_ranks_killed_in_a_step_and_in_a_save_go_on_and_so_does_the_command_after_its_own_kill(make_run, undisturbed):
     run = make_run()
     faults = [
