@@ -28,6 +28,7 @@ from pretrain.parallel.tensor import Part, whole
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 SORTS = SYNCHRONOUS, ASYNCHRONOUS = "synchronous", "asynchronous"
 STEP_S = 0.05
+PAUSE_S = 1.0  # saves of a run are minutes apart: what the one before made superfluous is gone
 TENSOR_PARALLEL, PIPELINE_PARALLEL, NODE = 8, 8, 8
 
 
@@ -50,6 +51,7 @@ def measure_stalls(fragments: list[Fragment], folder: Path, saves: int) -> dict[
     for step in range(saves + 1):
         for sort, store in stores.items():
             figures[sort].append(measure_save(store, step, fragments, wait=sort != ASYNCHRONOUS))
+            time.sleep(PAUSE_S)
     medians = {sort: [statistics.median(column) for column in zip(*figures[sort][1:], strict=True)] for sort in SORTS}
     return {sort: (stall, total) for sort, (stall, total) in medians.items()}
 
