@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_server import Fault, ShardServer, etag
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import cache as cache_module
 from data_pipelines.storage.cache import ShardCache
+from http_server import Fault, ShardServer, etag
 
 ROOT = Path(__file__).parents[3]
 SIZE = 100_000

@@ -11,7 +11,6 @@ from random import Random
 import numpy as np
 import pytest
 from corpus import Corpus, Members, caption, make_corpus
-from http_server import Fault, ShardServer
 
 from data_pipelines.batch import BadSample
 from data_pipelines.errors import DataError
@@ -22,6 +21,7 @@ from data_pipelines.stream.loader import TrainingData
 from data_pipelines.stream.reader import REMOTE_READS, ShardReader, iter_captions
 from data_pipelines.tools.reshard import Resharding
 from data_pipelines.tools.sources import name_sources
+from http_server import Fault, ShardServer
 
 STEPS = 14  # two epochs
 

@@ -13,11 +13,11 @@ from urllib.parse import quote
 import fsspec.config
 import numpy as np
 import pytest
-from http_server import Fault, ShardServer, etag
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import remote
 from data_pipelines.storage.files import describe, expand, open_bytes
+from http_server import Fault, ShardServer, etag
 
 ROOT = Path(__file__).parents[3]
 CONTENT = np.random.default_rng(0).bytes(10_000)
