@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,7 @@ def _exec_python(path: str, arguments: Sequence[str]) -> None:
     os._exit(_run(arguments))
 
 
+_TELLING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _really_execute_child: Any = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -149,11 +151,19 @@ def _fork_python(self: Any, args: Any, *rest: Any) -> None:
     environment, out, err, new_session = rest[5], rest[12], rest[14], rest[20]
     sys.stdout.flush()
     sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TELLING)  # one that comes meanwhile is the rank's own to hear
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while new_session and os.getsid(process) != process:  # Popen returns when the child has got so far
+            time.sleep(0.001)
         self.pid, self._child_created = process, True
         return
     if new_session:
         os.setsid()
+    for number in _TELLING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     places = {target: source for target, source in ((1, out), (2, err)) if source != -1}
     _become(args, environment if environment is not None else dict(os.environ), places)
