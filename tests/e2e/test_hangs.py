@@ -16,6 +16,9 @@ QUICK = (f"training.hang_timeout_s={LIMIT_S}", "data.patience_s=0.5", "data.held
 HANGING = """
 import os, time
 from pretrain.__main__ import main
+
+pytestmark = pytest.mark.long  # seconds that a busy machine stretches
+
 if os.environ["RANK"] == "1":
     import {module} as module
     owner, name, calls = module.{owner}, "{name}", []

@@ -78,6 +78,9 @@ import sys, time
 from pretrain.trainer import Trainer
 Trainer._take_stock = lambda *_: print("busy", flush=True) or time.sleep(999)
 from pretrain.__main__ import main
+
+pytestmark = pytest.mark.long  # seconds that a busy machine stretches
+
 main()
 """
 
