@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from e2e.conftest import metrics, ranks_of, run, start, survivors, wait_for_step
+
+pytestmark = pytest.mark.long  # seconds that a busy machine stretches
 
 SHORT = ("data.heldout=null", "checkpoint.every=1000", "training.steps=9999")
 
@@ -78,9 +82,6 @@ import sys, time
 from pretrain.trainer import Trainer
 Trainer._take_stock = lambda *_: print("busy", flush=True) or time.sleep(999)
 from pretrain.__main__ import main
-
-pytestmark = pytest.mark.long  # seconds that a busy machine stretches
-
 main()
 """
 
