@@ -6,11 +6,7 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from e2e.conftest import metrics, ranks_of, run, start, survivors, wait_for_step
-
-pytestmark = pytest.mark.long  # seconds that a busy machine stretches
 
 SHORT = ("data.heldout=null", "checkpoint.every=1000", "training.steps=9999")
 
