@@ -71,7 +71,7 @@ def cancel(run: Path, now: bool) -> str:
     """
     if not now:
         (run / "STOP").touch()  # first, and without Slurm's help
-    said = []
+    said, is_told = [], False
     for job in recorded(run):
         if not (state := ask(job["job"])) or state.is_over:
             continue
@@ -81,8 +81,9 @@ def cancel(run: Path, now: bool) -> str:
         else:
             call(["scontrol", "update", f"JobId={job['job']}", "Requeue=0"])  # or it would come back
             said.append(f"Job {job['job']} finishes its step, saves and ends.")
-    if now or any("cancelled" in each for each in said):
-        (run / "STOP").unlink(missing_ok=True)  # the next job must not find it
+            is_told = True
+    if said and not is_told:
+        (run / "STOP").unlink(missing_ok=True)  # nobody heeds it, and the next job must not find it
     return " ".join(said) or f"{run / 'STOP'} is there: a run in this folder saves and stops at its next step."
 
 

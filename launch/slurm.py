@@ -16,6 +16,8 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -179,17 +181,13 @@ def _keep(folder: Path, config: Path) -> Path:
 
 
 def _revision() -> str:
-    """The commit that the code is of, and how it differs from it; or the version that is installed."""
-    here = Path(__file__).parents[1]
-    said = []
-    for words in (("log", "-1", "--format=%H %ad %s"), ("status", "--short"), ("diff", "HEAD")):
-        try:
-            git = subprocess.run(["git", "-C", str(here), *words], capture_output=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            return "not of a git repository\n"
-        if git.returncode:
-            return "not of a git repository\n"
-        said.append(git.stdout.decode(errors="replace"))
+    """The version of the code; in a repository also its commit, and how it differs from that."""
+    here, said = Path(__file__).parents[1], [f"version {version('vlm-pretraining-toolkit')}\n"]
+    if (here / ".git").exists():
+        for words in (("log", "-1", "--format=%H %ad %s"), ("status", "--short"), ("diff", "HEAD")):
+            with suppress(OSError, subprocess.TimeoutExpired):  # no git, or a slow disk: what is kept is for people
+                git = subprocess.run(["git", "-C", str(here), *words], capture_output=True, timeout=60)
+                said.append(git.stdout.decode(errors="replace"))
     return "\n".join(said)
 
 

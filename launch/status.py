@@ -1,6 +1,7 @@
 """How a run is, from its folder and from Slurm: `python -m launch status RUN`. Works without either's help."""
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +47,10 @@ def report(run: Path) -> Iterator[str]:
     yield f"step         {number:,} of {total:,} ({number / max(total, 1):.1%}), {', '.join(epochs)}"
     losses = [f"{name[5:]} {value:.3f}" for name, value in last.items() if name.startswith("loss/")]
     yield f"loss         {last['loss']:.4f} ({', '.join(losses)})"
-    recent = sorted(step["time/step_s"] for step in steps[-_RECENT:] if "time/step_s" in step)
-    step_s = recent[len(recent) // 2]
-    batch = config["training"]["global_batch"]
-    speed = [f"{batch / step_s:,.0f} samples/s", f"{step_s:.3g} s per step"]
-    if "system/mfu" in last:
-        speed.append(f"MFU {last['system/mfu']:.1%}")
-    yield f"speed        {', '.join(speed)}, {last['time/data_wait_share']:.0%} of it waiting for data"
+    step_s = statistics.median(step["time/step_s"] for step in steps[-_RECENT:])
+    batch = last["time/samples_per_s"] * last["time/step_s"]
+    speed = f"{batch / step_s:,.0f} samples/s, {step_s:.3g} s per step"
+    yield f"speed        {speed}, {last['time/data_wait_share']:.0%} of it waiting for data"
     if number < total:
         yield f"time left    {_duration(step_s * (total - number))}"
     yield f"checkpoint   {_checkpoint(run)}"
@@ -117,12 +115,12 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     found = []
-    for line in lines[size > _TAIL_BYTES :]:  # the first may have lost its beginning, and the last may be half written
+    for line in lines:  # the first may have lost its beginning, and the last may be half written
         try:
             step = json.loads(line)
         except ValueError:
             continue
-        if isinstance(step, dict) and "step" in step and "loss" in step:
+        if isinstance(step, dict) and "time/step_s" in step:
             found.append(step)
     return found
 

@@ -44,9 +44,8 @@ class Journal:
             self.metrics.describe(text, facts)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One step's values, and the alarms that they raise."""
-        if not self.metrics:
-            return
+        """One step's values, and the alarms that they raise: the main process's, which alone calls it."""
+        assert self.metrics
         self.metrics.step(step, values)
         if self.is_shown(step):
             say(self.metrics.line(step, values))
@@ -81,6 +80,7 @@ class Journal:
             self.metrics.bad_samples(step, bad)
 
     def alarm(self, step: int, text: str) -> None:
+        """Says what asks for a person's eye, and keeps it."""
         self.say(f"step {step}: {text}")
         if self.metrics:
             self.metrics.alarm(step, text)

@@ -49,10 +49,10 @@ class Saving:
         if self.mirror:
             self.mirror.copy(step)
 
-    def finish(self, limit_s: float | None = None) -> None:
-        """Waits for the last copy."""
+    def finish(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Waits for the last copy, however long that takes; `beat` is called meanwhile."""
         if self.mirror:
-            self.mirror.finish(limit_s)
+            self.mirror.finish(beat=beat)
 
     def is_time(self) -> bool:
         """Whether `every_minutes` have passed on the main process, whose clock is the run's."""
@@ -74,8 +74,8 @@ class Saving:
             self._stall_s = time.perf_counter() - begin
             if must or not self.config.asynchronous:
                 self.settle(wait=True, must=must)
-        if must:
-            self.finish(_COPY_S)
+        if must and self.mirror:
+            self.mirror.finish(_COPY_S)
 
     def settle(self, wait: bool = False, must: bool = False) -> None:
         """Says what became of the save in flight, if that is known by now.

@@ -165,7 +165,7 @@ class Trainer:
                     self._save(must=last)
                 if self.heldout and (self.step % training.evaluate_every == 0 or last):
                     self._evaluate(self.heldout)
-            self.saving.finish()
+            self.saving.finish(beat=lambda: self.heart.beat("end", self.step))
         except TrainingError:  # on all ranks together
             self.saving.settle(wait=True)
             raise
@@ -233,23 +233,24 @@ class Trainer:
         step_s, data_wait_share = clock.read()
         self.stragglers.end(data_wait_share * step_s, step_s)
         slowest = self.stragglers.compare() if self.journal.is_shown(self.step) else None
-        values = {
-            **objectives,
-            **{f"metric/{name}": value for name, value in result.metrics.items()},
-            "learning_rate": rate,
-            "gradient_norm": result.gradient_norm,
-            **temperature,
-            **self.journal.epochs(self.data.epochs(self.data_state)),
-            "time/samples_per_s": training.global_batch / step_s,
-            "time/step_s": step_s,
-            "time/data_wait_share": data_wait_share,
-            **(slowest.metrics() if slowest else {}),
-            "memory/peak_gib": peak_memory_gib(self.mesh.device),
-            "health/skipped_steps": self.health.skipped_steps + (not result.applied),
-            "health/bad_samples": self.bad_samples.num_bad,
-            "batch_id": batch_id,
-        }
-        self.journal.step(self.step, values)
+        if self.mesh.is_main:
+            values = {
+                **objectives,
+                **{f"metric/{name}": value for name, value in result.metrics.items()},
+                "learning_rate": rate,
+                "gradient_norm": result.gradient_norm,
+                **temperature,
+                **self.journal.epochs(self.data.epochs(self.data_state)),
+                "time/samples_per_s": training.global_batch / step_s,
+                "time/step_s": step_s,
+                "time/data_wait_share": data_wait_share,
+                **(slowest.metrics() if slowest else {}),
+                "memory/peak_gib": peak_memory_gib(self.mesh.device),
+                "health/skipped_steps": self.health.skipped_steps + (not result.applied),
+                "health/bad_samples": self.bad_samples.num_bad,
+                "batch_id": batch_id,
+            }
+            self.journal.step(self.step, values)
         if slowest and slowest.confirmed:
             self.journal.alarm(self.step, str(slowest))
         verdict = self.health.judge(self.step, objectives["loss"], result.applied)

@@ -10,10 +10,12 @@ COMMIT is the hash of the hashes of all files, so an object of one name always h
 goes on with the objects that it lacks, and no two checkpoints of one step ever mix.
 """
 
+import math
 import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from data_pipelines.errors import DataError, MissingError
@@ -30,6 +32,7 @@ _NAME = re.compile(r"step-(\d{9,})-[0-9a-f]{12}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # which cannot leave its folder
 _COMMIT = "COMMIT"
 _POLL_S = 2.0  # between two looks for what the other ranks upload
+_BEAT_S = 5.0  # between two signs of life while a run waits for its last copy
 
 
 class Mirror:
@@ -92,11 +95,16 @@ class Mirror:
                 self._thread.start()
             self._changed.notify_all()
 
-    def finish(self, limit_s: float | None = None) -> None:
-        """Waits until this rank has copied what it was told to, or has said why it cannot."""
+    def finish(self, limit_s: float = math.inf, beat: Callable[[], None] = lambda: None) -> None:
+        """Waits until this rank has copied what it was told to, or has said why not; `beat` is called meanwhile."""
+        until = time.monotonic() + limit_s
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._busy, limit_s):
-                self._say(f"The newest copy in {self.url} is not complete; the next start goes on with it.")
+            while self._busy:
+                beat()
+                if (left_s := until - time.monotonic()) <= 0:
+                    self._say(f"The newest copy in {self.url} is not complete; the next start goes on with it.")
+                    return
+                self._changed.wait(min(left_s, _BEAT_S))
 
     def _copy_forever(self) -> None:
         while True:

@@ -1,8 +1,10 @@
 """`python -m launch slurm` on a real cluster: two nodes train a tiny run, and everything happens to it."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +18,14 @@ from e2e.conftest import metrics, tiny_run
 from slurm.cluster import Cluster, cluster, missing, wait_for
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-    pytest.mark.skipif(missing() is not None, reason=str(missing())),
-    pytest.mark.timeout(600),
-]
-WAITING, OVER = ("PENDING",), ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED")
+MISSING = missing()
+pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.timeout(600)]
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED")
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory) -> Iterator[Cluster]:
-    folder = Path(subprocess.run(["mktemp", "-d", "/tmp/slurm-XXXXXX"], capture_output=True, text=True).stdout.strip())
+def slurm() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's own are too long for a socket's path
     with cluster(folder, nodes=3) as started:
         started.environment |= {
             "DS_ACCELERATOR": "cpu",
@@ -33,15 +33,7 @@ def slurm(tmp_path_factory) -> Iterator[Cluster]:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         yield started
-    subprocess.run(["rm", "-rf", folder], check=True)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "demo"
-    command = ["-m", "data_pipelines", "demo", str(folder), "--train", "850", "--heldout", "64", "--size", "32"]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    return folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

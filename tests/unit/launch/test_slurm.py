@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.commands.slurm import OPTIONS
+from pretrain.config import SlurmConfig
+
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "slurm/train.sbatch"
 
@@ -148,3 +151,7 @@ def test_without_a_config_the_usage_is_printed(job):
     done = job()
     assert done.code == 4
     assert "usage: sbatch slurm/train.sbatch CONFIG" in done.err
+
+
+def test_the_options_of_launch_slurm_are_the_keys_of_its_section():
+    assert set(OPTIONS) == set(SlurmConfig.model_fields)

@@ -1,6 +1,5 @@
 """What a run says at its start is so."""
 
-import pytest
 import torch
 
 from pretrain.banner import idle_gpus
@@ -19,8 +18,8 @@ def test_changes_name_every_key_with_both_values():
     assert list(changes(here, here)) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch uses the GPUs here")
-def test_gpus_that_torch_cannot_use_are_counted_unless_they_are_hidden(tmp_path):
+def test_gpus_that_torch_cannot_use_are_counted_unless_they_are_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert idle_gpus({}, tmp_path) == 2
