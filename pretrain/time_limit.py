@@ -29,6 +29,8 @@ def _slurm_end(environ: Mapping[str, str]) -> float | None:
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return None
+    if "SLURM_ARRAY_TASK_ID" in environ:  # else the number of an array, for that of one of its runs
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         command = ["squeue", "-h", "-j", job, "-o", "%e"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

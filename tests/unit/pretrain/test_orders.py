@@ -73,6 +73,9 @@ def test_the_margin_before_the_end_follows_the_slowest_step_and_save(tmp_path, c
     assert orders.reason == f"The job's time ends at {time.strftime('%F %T', time.localtime(end))}"
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
+
+
 @pytest.mark.parametrize(
     ("minutes", "environ", "expected"),
     [
@@ -83,13 +86,14 @@ def test_the_margin_before_the_end_follows_the_slowest_step_and_save(tmp_path, c
         (None, {STARTED: "1000", "SLURM_JOB_ID": "7"}, (1000, NEXT_DAY)),
         (None, {STARTED: "1000", "SLURM_JOB_ID": "8"}, None),  # Slurm says that the time has no end
         (None, {STARTED: "1000", "SLURM_JOB_ID": "9"}, None),  # nor does it answer
+        (None, {STARTED: "1000", "SLURM_JOB_ID": "9", **ARRAY}, (1000, NEXT_DAY)),  # the array's own number
     ],
 )
 def test_the_end_of_a_job_is_the_configs_or_slurms_whichever_comes_first(
     tmp_path, monkeypatch, minutes, environ, expected
 ):
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\ncase $3 in 7) echo 1970-01-02T00:00:00 ;; 8) echo N/A ;; *) exit 1 ;; esac\n")
+    squeue.write_text("#!/bin/sh\ncase $3 in 7|9_1) echo 1970-01-02T00:00:00 ;; 8) echo N/A ;; *) exit 1 ;; esac\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert time_limit(minutes, environ) == expected
